@@ -1,0 +1,52 @@
+// fp32 activations of one token to int8. Every operation is rounded by itself (the build forbids contraction), so that
+// all instruction sets give the same bits.
+#pragma once
+
+#include "vec.h"
+
+namespace nk::cpu {
+namespace {
+
+// In [2^23, 2^24) the spacing is 1: adding this rounds to an integer, half to even, and leaves it in the low bits.
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+
+float quantize_token(const float* x, size_t channels, float shift, const float* reciprocal, float* t, int8_t* codes) {
+    const size_t whole = channels / kLanes * kLanes;
+    // Magnitudes compare like their bit patterns, and Inf and NaN are the largest ones.
+    vi largest{};
+    for (size_t k = 0; k < whole; k += kLanes) {
+        vf value = load<vf>(x + k) + shift;
+        if (reciprocal) value *= load<vf>(reciprocal + k);
+        store(t + k, value);
+        const vi magnitude = reinterpret_cast<vi>(value) & 0x7fffffff;
+        const vi greater = magnitude > largest;
+        largest = (greater & magnitude) | (~greater & largest);
+    }
+    uint32_t maximum_bits = 0;
+    for (size_t i = 0; i < kLanes; ++i)
+        if (static_cast<uint32_t>(largest[i]) > maximum_bits) maximum_bits = static_cast<uint32_t>(largest[i]);
+    for (size_t k = whole; k < channels; ++k) {
+        t[k] = x[k] + shift;
+        if (reciprocal) t[k] *= reciprocal[k];
+        const uint32_t magnitude = bits_from_float(t[k]) & 0x7fffffffu;
+        if (magnitude > maximum_bits) maximum_bits = magnitude;
+    }
+
+    if (maximum_bits >= kInfinityBits || maximum_bits == 0) {
+        memset(codes, 0, channels);
+        return maximum_bits ? float_from_bits(0x7fc00000u) : 1.0f;
+    }
+    const float maximum = float_from_bits(maximum_bits);
+    const float scale = 127.0f / maximum;
+    for (size_t k = 0; k < whole; k += kLanes) {
+        const vf rounded = load<vf>(t + k) * scale + kRounder;
+        store(codes + k, __builtin_convertvector(reinterpret_cast<vi>(rounded), vb));
+    }
+    for (size_t k = whole; k < channels; ++k)
+        codes[k] = static_cast<int8_t>(bits_from_float(t[k] * scale + kRounder));
+    return maximum / 127.0f;
+}
+
+}  // namespace
+}  // namespace nk::cpu

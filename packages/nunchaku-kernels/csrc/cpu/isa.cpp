@@ -1,0 +1,43 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+namespace nk::cpu {
+
+extern const Kernels portable_kernels;
+#ifdef NK_X86
+extern const Kernels avx2_kernels;
+#endif
+
+namespace {
+
+std::vector<const Kernels*> usable_kernels() {
+    std::vector<const Kernels*> tables{&portable_kernels};
+#ifdef NK_X86
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        tables.push_back(&avx2_kernels);
+#endif
+    return tables;
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* table : usable_kernels()) names.emplace_back(table->name);
+    return names;
+}
+
+const Kernels& select_kernels(const std::string& isa) {
+    const std::vector<const Kernels*> tables = usable_kernels();
+    if (isa.empty()) return *tables.back();
+    std::string possible;
+    for (const Kernels* table : tables) {
+        if (isa == table->name) return *table;
+        possible += possible.empty() ? "" : ", ";
+        possible += table->name;
+    }
+    throw std::invalid_argument("isa: this machine runs " + possible + ", given '" + isa + "'");
+}
+
+}  // namespace nk::cpu

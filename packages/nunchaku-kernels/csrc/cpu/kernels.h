@@ -1,0 +1,65 @@
+// What an instruction set must provide. One table per instruction set, each filled in a translation unit of its own
+// (cpu/<isa>.cpp) and compiled with that instruction set's flags; drivers pick a table at run time and stay portable.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../numerics/dtype.h"
+
+namespace nk::cpu {
+
+// A W4A8 weight panel: int8 [channels / 16][inputs / 4][16][4]. Four consecutive inputs of one channel sit in one 32-bit
+// word, which is the operand order of maddubs, vpdpbusd and of an AMX tile alike.
+constexpr size_t kPanelChannels = 128;
+constexpr size_t kPanelInputs = 4096;
+
+enum class Activation : int { none = 0, gelu_tanh = 1, silu = 2 };
+
+// One token's slice of an epilogue operand; absent if data is null.
+struct RowOperand {
+    const void* data;
+    DType dtype;
+};
+
+struct Kernels {
+    const char* name;
+
+    // dst[i] = float(src[i]), and back with one rounding.
+    void (*to_float)(const void* src, DType dtype, size_t count, float* dst);
+    void (*from_float)(const float* src, DType dtype, size_t count, void* dst);
+
+    // c[tokens, columns] (+)= a[tokens, inner] b[inner, columns] in fp32; columns a multiple of 16.
+    void (*matmul)(const float* a, size_t lda, size_t tokens, const float* b, size_t ldb, size_t inner, size_t columns,
+                   bool accumulate, float* c, size_t ldc);
+
+    // One 16 x 16 tile of a low-rank factor from the published order, transposed: dst[column * ld + row].
+    void (*lowrank_tile)(const void* tile, DType dtype, float* dst, size_t ld);
+
+    // One token to int8 (design: numerics, section w4a8). `reciprocal` is 1 / smooth in natural order, or null; `t` is
+    // scratch for `channels` floats. Returns the token's scale.
+    float (*quantize_token)(const float* x, size_t channels, float shift, const float* reciprocal, float* t,
+                            int8_t* codes);
+
+    // Channels [n0, n0 + channels) x inputs [k0, k0 + inputs) of a published weight into a panel. Multiples of 16 and 64.
+    void (*decode_panel)(const uint8_t* qweight, const int16_t* multipliers, size_t padded_k, size_t n0,
+                         size_t channels, size_t k0, size_t inputs, int8_t* panel);
+
+    // sums[tokens, channels] (+)= codes[tokens, inputs] panel^T in exact int32; inputs at most kPanelInputs.
+    void (*accumulate_panel)(const int8_t* codes, size_t stride, size_t tokens, const int8_t* panel, size_t channels,
+                             size_t inputs, bool accumulate, int32_t* sums);
+
+    // y[n] = float(sums[n]) * ascale * row_scales[n] (* wcscales[n]) (+ bias[n]); channels a multiple of 16.
+    void (*dequantize_row)(const int32_t* sums, float ascale, const float* row_scales, const float* wcscales,
+                           const float* bias, size_t channels, float* y);
+
+    // out = round(residual + gate * activation(y)); overwrites y. Up to kPanelChannels channels.
+    void (*finish_row)(float* y, size_t channels, Activation activation, RowOperand gate, RowOperand residual,
+                       void* out, DType out_dtype);
+
+    // Inputs of four AWQ-ordered channels as fp32 weights: dst[k * ld + channel], channel 0..3.
+    void (*awq_decode)(const uint16_t* quad, const void* scales, const void* zeros, DType dtype, size_t scale_stride,
+                       size_t inputs, size_t group_size, float* dst, size_t ld);
+};
+
+}  // namespace nk::cpu

@@ -1,0 +1,17 @@
+// The portable table: plain C++ and compiler vectors, no instruction-set flags.
+#include "generic/epilogue.h"
+#include "generic/matmul.h"
+#include "generic/quantize_token.h"
+#include "portable/awq_decode.h"
+#include "portable/lowrank_tile.h"
+#include "portable/w4a8_panel.h"
+
+namespace nk::cpu {
+
+extern const Kernels portable_kernels;
+const Kernels portable_kernels = {
+    "portable",   to_float_array, from_float_array, matmul,         lowrank_tile, quantize_token,
+    decode_panel, accumulate_panel, dequantize_row, finish_row,     awq_decode,
+};
+
+}  // namespace nk::cpu

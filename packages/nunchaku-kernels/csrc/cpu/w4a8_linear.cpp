@@ -1,0 +1,199 @@
+// The W4A8 product: weights are decoded to int8 panels that stay in cache while all tokens of a block pass over them.
+#include <algorithm>
+
+#include "../numerics/layout.h"
+#include "../numerics/w4a8.h"
+#include "buffer.h"
+#include "check.h"
+#include "isa.h"
+#include "lowrank.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace nk::cpu {
+namespace {
+
+// How a product is cut into work items: token blocks x channel blocks, each item over all inputs.
+struct Partition {
+    size_t token_block, channel_block, input_block, token_blocks, channel_blocks;
+    size_t items() const { return token_blocks * channel_blocks; }
+};
+
+Partition partition(const ProductArguments& p, size_t threads) {
+    // Few tokens: 16 KB panels that never leave L1, so that weights stream through once, in order.
+    // Many tokens: panels of at most 512 KB for L2, decoded again for every 512 tokens (1 % of the work there).
+    constexpr size_t kFewTokens = 16, kSmallInputs = 128, kTokens = 512;
+    const size_t tokens = p.tokens, n = p.padded_n, k = p.padded_k;
+    Partition result{};
+    result.token_block = std::min(tokens, kTokens);
+    result.channel_block = kPanelChannels;
+    const size_t input_blocks = (k + kPanelInputs - 1) / kPanelInputs;
+    result.input_block =
+        tokens <= kFewTokens ? std::min(k, kSmallInputs) : ((k / kGroup + input_blocks - 1) / input_blocks) * kGroup;
+    // Enough items that threads finish together; strips of 16 channels are the smallest unit.
+    const auto items = [&] {
+        result.token_blocks = (tokens + result.token_block - 1) / result.token_block;
+        result.channel_blocks = (n + result.channel_block - 1) / result.channel_block;
+        return result.items();
+    };
+    while (items() < 4 * threads && result.channel_block > 32) result.channel_block /= 2;
+    while (items() < 4 * threads && result.token_block > 64) result.token_block = (result.token_block + 1) / 2;
+    return result;
+}
+
+void validate(const ProductArguments& p, int64_t threads) {
+    require(p.tokens >= 0, "M", "0 or more", p.tokens);
+    require(p.padded_n > 0 && p.padded_n % 128 == 0, "Np", "a positive multiple of 128", p.padded_n);
+    require(p.padded_k > 0 && p.padded_k % 64 == 0, "Kp", "a positive multiple of 64", p.padded_k);
+    require(p.padded_k < kMaxSummands, "Kp", "less than 133000 (int32 sums)", p.padded_k);
+    require(threads > 0, "threads", "at least 1", threads);
+    if (!p.tokens) return;
+    require_pointer(p.codes, "codes");
+    require_pointer(p.qweight, "qweight");
+    require_pointer(p.multipliers, "multipliers");
+}
+
+// Calls finish(begin_token, tokens, begin_channel, channels, sums) for every block of the product; `make_finish` makes
+// one such function per thread, so that it can own scratch memory.
+template <class MakeFinish>
+void for_each_block(const Kernels& kernels, const ProductArguments& p, size_t threads, const MakeFinish& make_finish) {
+    if (!p.tokens) return;
+    const Partition cut = partition(p, threads);
+    const size_t tokens = p.tokens, padded_n = p.padded_n, padded_k = p.padded_k;
+    parallel_for(threads, cut.items(), [&](WorkQueue& queue) {
+        const Buffer<int8_t> panel = make_buffer<int8_t>(cut.channel_block * cut.input_block);
+        const Buffer<int32_t> sums = make_buffer<int32_t>(cut.token_block * cut.channel_block);
+        auto finish = make_finish(cut);
+        for (size_t item; queue.next(item);) {
+            // Channel blocks first: neighbouring items share their tokens in the outer cache.
+            const size_t m0 = item / cut.channel_blocks * cut.token_block;
+            const size_t n0 = item % cut.channel_blocks * cut.channel_block;
+            const size_t count = std::min(cut.token_block, tokens - m0);
+            const size_t channels = std::min(cut.channel_block, padded_n - n0);
+            for (size_t k0 = 0; k0 < padded_k; k0 += cut.input_block) {
+                const size_t inputs = std::min(cut.input_block, padded_k - k0);
+                kernels.decode_panel(p.qweight, p.multipliers, padded_k, n0, channels, k0, inputs, panel.get());
+                kernels.accumulate_panel(p.codes + m0 * padded_k + k0, padded_k, count, panel.get(), channels, inputs,
+                                         k0 > 0, sums.get());
+            }
+            finish(m0, count, n0, channels, sums.get());
+        }
+    });
+}
+
+RowOperand operand_row(FloatTensor tensor, size_t offset) {
+    if (!tensor.data) return {nullptr, DType::f32};
+    const DType dtype = static_cast<DType>(tensor.dtype);
+    return {static_cast<const char*>(tensor.data) + offset * size_of(dtype), dtype};
+}
+
+// A published vector's channels [begin, begin + channels) in natural order; null for an absent one.
+const float* natural_vector(FloatTensor vector, size_t begin, size_t channels, float* dst) {
+    if (!vector.data) return nullptr;
+    for (size_t n = 0; n < channels; ++n)
+        dst[n] = load_float(vector.data, static_cast<DType>(vector.dtype), vector_position(begin + n));
+    return dst;
+}
+
+void validate(const LinearArguments& a) {
+    require_dtype(a.proj_up.dtype, "proj_up_dtype");
+    require_dtype(a.wcscales.dtype, "wcscales_dtype");
+    require_dtype(a.bias.dtype, "bias_dtype");
+    require_dtype(a.gate.dtype, "gate_dtype");
+    require_dtype(a.residual.dtype, "residual_dtype");
+    require_dtype(a.out_dtype, "out_dtype");
+    require(a.rank >= 0 && (!a.proj_up.data || a.rank % 16 == 0), "R", "a multiple of 16", a.rank);
+    require(a.out_features > 0 && a.out_features <= a.product.padded_n, "out_features", "1 to Np", a.out_features);
+    require(a.activation >= 0 && a.activation <= 2, "activation", "0 (none), 1 (gelu) or 2 (silu)", a.activation);
+    if (!a.product.tokens) return;
+    require(!a.gate.data || (a.gate_rows > 0 && a.product.tokens % a.gate_rows == 0), "gate_rows", "a divisor of M",
+            a.gate_rows);
+    require_pointer(a.ascales, "ascales");
+    require_pointer(a.row_scales, "row_scales");
+    require_pointer(a.out, "out");
+    if (a.rank && a.proj_up.data) require_pointer(a.lora_act, "lora_act");
+}
+
+// The fp32 tail of one thread.
+class Tail {
+public:
+    Tail(const Kernels& kernels, const LinearArguments& arguments, const Partition& cut)
+        : kernels_(kernels),
+          a_(arguments),
+          rank_(arguments.proj_up.data ? arguments.rank : 0),
+          up_(make_buffer<float>(rank_ * cut.channel_block)),
+          scaled_(make_buffer<float>(rank_ * kRows)) {}
+
+    void operator()(size_t m0, size_t tokens, size_t n0, size_t channels, const int32_t* sums) {
+        const size_t out_features = a_.out_features;
+        if (n0 >= out_features) return;
+        const size_t kept = std::min(channels, out_features - n0);
+        float wcscales[kPanelChannels], bias[kPanelChannels];
+        const float* column_scales = natural_vector(a_.wcscales, n0, channels, wcscales);
+        const float* biases = natural_vector(a_.bias, n0, channels, bias);
+        if (rank_) unpack_lowrank(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, up_.get());
+        for (size_t m = 0; m < tokens; m += kRows)
+            rows(m0 + m, std::min(kRows, tokens - m), n0, channels, kept, sums + m * channels, column_scales, biases);
+    }
+
+private:
+    static constexpr size_t kRows = 6;  // tokens that share one pass over the low-rank factor
+
+    void rows(size_t m0, size_t tokens, size_t n0, size_t channels, size_t kept, const int32_t* sums,
+              const float* wcscales, const float* bias) {
+        alignas(64) float y[kRows * kPanelChannels];
+        for (size_t i = 0; i < tokens; ++i)
+            kernels_.dequantize_row(sums + i * channels, a_.ascales[m0 + i], a_.row_scales + n0, wcscales, bias, channels,
+                                    y + i * channels);
+        if (rank_)
+            kernels_.matmul(ranked(m0, tokens), rank_, tokens, up_.get(), channels, rank_, channels, true, y, channels);
+        const size_t out_features = a_.out_features;
+        const size_t tokens_per_gate = a_.gate.data ? a_.product.tokens / a_.gate_rows : 1;
+        const DType out_dtype = static_cast<DType>(a_.out_dtype);
+        for (size_t i = 0; i < tokens; ++i) {
+            const size_t m = m0 + i, offset = m * out_features + n0;
+            kernels_.finish_row(y + i * channels, kept, static_cast<Activation>(a_.activation),
+                                operand_row(a_.gate, m / tokens_per_gate * out_features + n0),
+                                operand_row(a_.residual, offset),
+                                static_cast<char*>(a_.out) + offset * size_of(out_dtype), out_dtype);
+        }
+    }
+
+    // lora_act * rank_scale of the given tokens.
+    const float* ranked(size_t m0, size_t tokens) {
+        const float* activations = a_.lora_act + m0 * rank_;
+        if (!a_.rank_scale) return activations;
+        for (size_t i = 0; i < tokens * rank_; ++i) scaled_[i] = activations[i] * a_.rank_scale[i % rank_];
+        return scaled_.get();
+    }
+
+    const Kernels& kernels_;
+    const LinearArguments& a_;
+    size_t rank_;
+    Buffer<float> up_, scaled_;
+};
+
+}  // namespace
+
+void w4a8_accumulate(const ProductArguments& product, int32_t* sums, int64_t threads, const std::string& isa) {
+    const Kernels& kernels = select_kernels(isa);
+    validate(product, threads);
+    if (product.tokens) require_pointer(sums, "out");
+    const size_t padded_n = product.padded_n;
+    for_each_block(kernels, product, threads, [&](const Partition&) {
+        return [&](size_t m0, size_t tokens, size_t n0, size_t channels, const int32_t* block) {
+            for (size_t m = 0; m < tokens; ++m)
+                std::copy_n(block + m * channels, channels, sums + (m0 + m) * padded_n + n0);
+        };
+    });
+}
+
+void w4a8_linear(const LinearArguments& arguments, int64_t threads, const std::string& isa) {
+    const Kernels& kernels = select_kernels(isa);
+    validate(arguments.product, threads);
+    validate(arguments);
+    for_each_block(kernels, arguments.product, threads,
+                   [&](const Partition& cut) { return Tail(kernels, arguments, cut); });
+}
+
+}  // namespace nk::cpu
