@@ -1,0 +1,64 @@
+"""Reading and writing weight files, safely, and the names of the tensors in them."""
+
+from nunchaku_models.checkpoints.detect import (
+    Form,
+    detect_family,
+    detect_form,
+    detect_precision,
+    is_quantised,
+    require_family,
+)
+from nunchaku_models.checkpoints.diffusers_view import DiffusersView
+from nunchaku_models.checkpoints.errors import CheckpointError
+from nunchaku_models.checkpoints.flux_config import comfy_config, flux_config, infer_flux_config, validate_flux_config
+from nunchaku_models.checkpoints.flux_keys import v1_to_v2, v2_to_v1
+from nunchaku_models.checkpoints.metadata import (
+    FileMetadata,
+    Precision,
+    QuantizationMetadata,
+    build_metadata,
+    parse_metadata,
+    parse_quantization,
+)
+from nunchaku_models.checkpoints.safetensors_file import SafetensorsReader, TensorSource
+from nunchaku_models.checkpoints.safetensors_header import TensorInfo
+from nunchaku_models.checkpoints.safetensors_writer import (
+    StreamingWriter,
+    atomic_folder,
+    atomic_write_text,
+    by_alignment,
+)
+from nunchaku_models.checkpoints.sources import Checkpoint, ShardedReader, open_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "DiffusersView",
+    "FileMetadata",
+    "Form",
+    "Precision",
+    "QuantizationMetadata",
+    "SafetensorsReader",
+    "ShardedReader",
+    "StreamingWriter",
+    "TensorInfo",
+    "TensorSource",
+    "atomic_folder",
+    "atomic_write_text",
+    "build_metadata",
+    "by_alignment",
+    "comfy_config",
+    "detect_family",
+    "detect_form",
+    "detect_precision",
+    "flux_config",
+    "infer_flux_config",
+    "is_quantised",
+    "open_checkpoint",
+    "parse_metadata",
+    "parse_quantization",
+    "require_family",
+    "v1_to_v2",
+    "v2_to_v1",
+    "validate_flux_config",
+]
