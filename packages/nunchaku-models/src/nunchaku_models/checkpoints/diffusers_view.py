@@ -55,8 +55,8 @@ class DiffusersView:
         self._scales: dict[str, str] = {}
         named: dict[str, TensorInfo] = {}
         for name in stored:
-            for suffix, method in _FOREIGN_QUANTISATION:
-                if name.endswith(suffix):
+            for foreign, method in _FOREIGN_QUANTISATION:
+                if name.endswith(foreign):
                     raise CheckpointError(
                         f"{source.where} is quantised with {method} ({shown(name)}); start from a 16-bit or FP8 model"
                     )
