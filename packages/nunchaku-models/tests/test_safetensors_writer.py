@@ -104,9 +104,9 @@ def test_an_interrupted_writer_leaves_the_earlier_file(tmp_path: Path, error: ty
 
 def test_a_writer_with_tensors_left_writes_nothing(tmp_path: Path) -> None:
     info = TensorInfo("a", torch.float32, (3,))
-    with pytest.raises(CheckpointError, match="1 of 1 declared tensors are missing, the first is 'a'"):
-        with StreamingWriter(tmp_path / "x.safetensors", [info]):
-            pass
+    message = "1 of 1 declared tensors are missing, the first is 'a'"
+    with pytest.raises(CheckpointError, match=message), StreamingWriter(tmp_path / "x.safetensors", [info]):
+        pass
     assert not os.listdir(tmp_path)
 
 

@@ -64,7 +64,8 @@ class TensorSource(Protocol):
 
 def missing_tensor(where: str, name: str, names: list[str]) -> CheckpointError:
     """The error for a name that a source does not hold, with the nearest names it does hold."""
-    near = difflib.get_close_matches(name[:200], names[:5000], n=2) if names else []
+    # Names come from the file: the comparison is quadratic in their length, so monsters are left out.
+    near = difflib.get_close_matches(name[:200], [known for known in names[:5000] if len(known) < 200], n=2)
     hint = f"; similar names in it: {', '.join(map(shown, near))}" if near else ""
     return CheckpointError(f"{where} holds no tensor {shown(name)} among its {len(names):,}{hint}")
 
