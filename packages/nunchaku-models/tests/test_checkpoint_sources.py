@@ -51,6 +51,12 @@ def test_sharded_transformer_and_pipeline_folders(tmp_path: Path) -> None:
                 reader.tensor("d")
 
 
+def test_one_shard_is_not_a_model(tmp_path: Path) -> None:
+    weight_map = shards(tmp_path)
+    with pytest.raises(CheckpointError, match="one of 2 shards"):
+        open_checkpoint(tmp_path / weight_map["a"])
+
+
 def test_choice_among_the_files_of_a_folder(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     assert open_checkpoint(tmp_path).tensor("a") == 1  # the only candidate
@@ -153,6 +159,8 @@ def test_hostile_configs(tmp_path: Path, text: str) -> None:
         "a/../b/c",
         "a//b",
         "a\\b/c",
+        "a" * 5000,
+        "~nobody-of-this-name/x",
     ],
 )
 def test_what_is_neither_local_nor_a_hub_id(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from nunchaku_models.checkpoints import (
     infer_flux_config,
     parse_metadata,
     parse_quantization,
+    quantization_of,
     require_family,
     validate_flux_config,
 )
@@ -234,6 +235,7 @@ def test_published_flux_files(name: str) -> None:
     assert detect_family(file.keys()) == "flux"
     assert detect_form(file) == f"nunchaku-{name.split('_')[1]}"
     assert detect_precision(file) == precision
+    assert quantization_of(file) == QuantizationMetadata(precision, 32)
     config = infer_flux_config(file)
     assert config == {
         "patch_size": 1,
@@ -365,6 +367,8 @@ def test_published_quantization_configs() -> None:
     lite = {"quant_method": "nunchaku_lite", "svdq_w4a4": {"precision": "nvfp4", "group_size": 16, "rank": 8}}
     parsed = parse_quantization({"quantization_config": json.dumps(lite)}, "x")
     assert (parsed.precision, parsed.rank, parsed.extra) == ("nvfp4", 8, lite)
+    folder = {"quant_method": "svdquant", "precision": "nvfp4", "rank": 4, "group_size": 16}
+    assert parse_quantization({"quantization_config": json.dumps(folder)}, "x") == QuantizationMetadata("nvfp4", 4)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +387,10 @@ def test_published_quantization_configs() -> None:
         {"rank": 10**9},
         {"skip_refiners": 1},
         {"method": "awq"},
+        {"quant_method": "bitsandbytes_4bit"},
+        {"precision": "int8"},
+        {"precision": "int4", "group_size": 16},
+        {"precision": "int4", "weight": {"dtype": "fp4_e2m1_all"}},
         {"method": ["svdquant"]},
         {"quant_method": "nunchaku_lite", "svdq_w4a4": 3},
         {"quant_method": "nunchaku_lite", "svdq_w4a4": {"precision": "int8"}},

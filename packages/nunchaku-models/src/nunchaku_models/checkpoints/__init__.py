@@ -6,6 +6,7 @@ from nunchaku_models.checkpoints.detect import (
     detect_form,
     detect_precision,
     is_quantised,
+    quantization_of,
     require_family,
 )
 from nunchaku_models.checkpoints.diffusers_view import DiffusersView
@@ -57,6 +58,7 @@ __all__ = [
     "open_checkpoint",
     "parse_metadata",
     "parse_quantization",
+    "quantization_of",
     "require_family",
     "v1_to_v2",
     "v2_to_v1",

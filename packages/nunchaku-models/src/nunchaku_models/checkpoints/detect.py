@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
 from nunchaku_models.checkpoints.errors import CheckpointError, shown
 from nunchaku_models.checkpoints.flux_keys import BFL_PREFIXES, MODULES_V1_V2
-from nunchaku_models.checkpoints.metadata import Precision, parse_quantization
+from nunchaku_models.checkpoints.metadata import Precision, QuantizationMetadata, parse_quantization
 from nunchaku_models.checkpoints.safetensors_file import TensorSource
 
 Form = Literal["diffusers", "bfl", "nunchaku-v1", "nunchaku-v2", "nunchaku-lite"]
@@ -136,6 +137,21 @@ def detect_form(names: Iterable[str]) -> Form:
 def is_quantised(form: Form) -> bool:
     """Whether a form holds 4-bit layers."""
     return form.startswith("nunchaku")
+
+
+def quantization_of(source: TensorSource) -> QuantizationMetadata:
+    """What the metadata of a quantised file says, completed from its tensors (legacy folders say nothing).
+
+    The rank is that of the first low-rank factor; layers may differ, so load by the shape of each.
+
+    Raises:
+        CheckpointError: see `detect_precision`.
+    """
+    stated = parse_quantization(source.metadata, source.where)
+    down = next((name for name in source if name.endswith((".lora_down", ".proj_down"))), None)
+    shape = () if down is None else source.info(down).shape
+    rank = shape[1] if len(shape) == 2 else 0
+    return replace(stated, precision=detect_precision(source), rank=rank)
 
 
 def detect_precision(source: TensorSource) -> Precision:

@@ -20,7 +20,7 @@ GROUP_SIZES: dict[Precision, int] = {"int4": 64, "nvfp4": 16}
 DEFAULT_RANK = 32
 _RANK_LIMIT = 16384
 _WEIGHT_DTYPES: dict[str, Precision] = {"int4": "int4", "fp4_e2m1_all": "nvfp4"}
-_KNOWN = ("method", "weight", "activation", "rank", "skip_refiners")
+_KNOWN = ("method", "quant_method", "weight", "activation", "precision", "group_size", "rank", "skip_refiners")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def _dtype(part: Mapping[str, Any], what: str, where: str) -> Precision | None:
 def parse_quantization(metadata: Mapping[str, str], where: str) -> QuantizationMetadata:
     """`quantization_config` of a file's metadata; a missing one, or missing entries, give the defaults.
 
-    diffusers' nunchaku_lite configuration (`svdq_w4a4`) is understood too.
+    Understood are the published form (`weight` and `activation` objects), the flat form of quantised diffusers folders
+    (`precision`, `group_size`, `rank`) and diffusers' nunchaku_lite (`svdq_w4a4`).
 
     Raises:
         CheckpointError: entries that are nonsense, whose precision is unknown or contradict each other.
@@ -118,21 +119,35 @@ def parse_quantization(metadata: Mapping[str, str], where: str) -> QuantizationM
         return _parse_lite(document, where)
     if method != "svdquant":
         raise CheckpointError(f"{where} is quantised with {shown(method)}; svdquant and nunchaku_lite are supported")
-    parts: list[Precision | None] = []
+    parts = [_flat_precision(document, where)]
     for key, what in (("weight", "weights"), ("activation", "activations")):
         part = document.get(key)
         if part is not None and not isinstance(part, dict):
             raise CheckpointError(f"{where} has {shown(part)} as '{key}' of quantization_config; it must be an object")
         parts.append(_dtype(part or {}, what, where))
-    if parts[0] and parts[1] and parts[0] != parts[1]:
-        raise CheckpointError(f"{where} states {parts[0]} weights with {parts[1]} activations; both must be the same")
+    stated = [part for part in parts if part is not None]
+    if len(set(stated)) > 1:
+        raise CheckpointError(f"{where} states both {stated[0]} and {stated[-1]} in quantization_config; it is damaged")
     skip = document.get("skip_refiners", False)
     if not isinstance(skip, bool):
         raise CheckpointError(
             f"{where} has {shown(skip)} as 'skip_refiners' of quantization_config; it must be a boolean"
         )
     extra = {key: value for key, value in document.items() if key not in _KNOWN}
-    return QuantizationMetadata(parts[0] or parts[1], _rank(document, where), skip, extra)
+    return QuantizationMetadata(stated[0] if stated else None, _rank(document, where), skip, extra)
+
+
+def _flat_precision(part: Mapping[str, Any], where: str) -> Precision | None:
+    precision = part.get("precision")
+    if precision is None:
+        return None
+    if not isinstance(precision, str) or precision not in GROUP_SIZES:
+        raise CheckpointError(f"{where} states the precision {shown(precision)}; int4 and nvfp4 are supported")
+    known: Precision = "int4" if precision == "int4" else "nvfp4"
+    group = part.get("group_size")
+    if group is not None and (isinstance(group, bool) or group != GROUP_SIZES[known]):
+        raise CheckpointError(f"{where} states {known} groups of {shown(group)}; only {GROUP_SIZES[known]} exists")
+    return known
 
 
 def _rank(document: Mapping[str, Any], where: str) -> int:
@@ -150,13 +165,7 @@ def _parse_lite(document: Mapping[str, Any], where: str) -> QuantizationMetadata
     part = document.get("svdq_w4a4") or {}
     if not isinstance(part, dict):
         raise CheckpointError(f"{where} has {shown(part)} as 'svdq_w4a4' of quantization_config; it must be an object")
-    precision = part.get("precision")
-    if precision not in (None, "int4", "nvfp4"):
-        raise CheckpointError(f"{where} has precision {shown(precision)}; int4 and nvfp4 are supported")
-    if precision is not None and part.get("group_size", GROUP_SIZES[precision]) != GROUP_SIZES[precision]:
-        raise CheckpointError(
-            f"{where} has {precision} groups of {shown(part['group_size'])}; only {GROUP_SIZES[precision]} exists"
-        )
+    precision = _flat_precision(part, where)
     return QuantizationMetadata(precision, _rank(part, where), extra=dict(document))
 
 

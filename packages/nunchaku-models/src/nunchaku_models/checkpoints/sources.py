@@ -143,8 +143,12 @@ def open_checkpoint(
         raise CheckpointError(f"{shown(text)} is not a path; give a file, a folder or a hub id such as 'org/repo'")
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise CheckpointError(f"variant {shown(variant)} is not a name such as 'fp16'")
-    local = Path(text).expanduser()
-    if not local.exists():
+    try:
+        local = Path(text).expanduser()
+        present = local.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission to look, an unknown ~user
+        raise CheckpointError(f"{shown(text)} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    if not present:
         local = _download(
             text,
             subfolder,
@@ -159,7 +163,11 @@ def open_checkpoint(
         )
     elif subfolder:
         local = local / _relative(subfolder, text)
-    return _open_folder(local, variant) if local.is_dir() else SafetensorsReader(local)
+    if local.is_dir():
+        return _open_folder(local, variant)
+    if (match := re.search(r"-\d{5}-of-(\d{5})\.", local.name)) and int(match.group(1)) > 1:
+        raise CheckpointError(f"{local} is one of {int(match.group(1))} shards of a model; give their folder")
+    return SafetensorsReader(local)
 
 
 def _relative(subfolder: str, where: str) -> str:
