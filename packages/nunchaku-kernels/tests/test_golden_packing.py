@@ -82,7 +82,7 @@ def test_padded_lowrank_primitives(golden: Load, name: str, channels: int, rank:
 
 
 def converted(tensors: Mapping[str, Tensor], *, precision: str, smooth_fused: bool) -> SVDQWeights:
-    """What the published converter makes of one layer's inputs: unsmoothed down factor, bias corrected for the shift."""
+    """What the published converter makes of a layer: unsmoothed down factor, bias corrected for the shift."""
     codes = tensors["in.w_q" if precision == "int4" else "in.w_code"]
     n, k = codes.shape
     down, up = tensors["in.lora_down"], tensors["in.lora_up"]

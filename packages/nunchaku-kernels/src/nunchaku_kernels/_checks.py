@@ -1,4 +1,4 @@
-"""Argument checks shared by the plain-torch modules: every message names the argument, what was expected and what came."""
+"""Argument checks of the plain-torch modules: every message names the argument, what was expected and what came."""
 
 from collections.abc import Collection
 

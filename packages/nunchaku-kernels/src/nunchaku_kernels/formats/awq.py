@@ -54,7 +54,7 @@ def unpack_awq(qweight: torch.Tensor) -> torch.Tensor:
 
 
 def padded_groups(groups: int, group_size: int) -> int:
-    """Rows of a published scale tensor for `groups` groups: a multiple of 8 (group size 128 and up), 16 (64), 32 (32)."""
+    """Rows of a published scale tensor: `groups` rounded up to 8 (group size 128 and up), 16 (64) or 32 (32)."""
     if group_size < 128 and group_size not in _SCALE_BLOCKS:
         raise ValueError(f"group_size: expected 32, 64, 128 or more, got {group_size}")
     return ceil_to(groups, 8 * _SCALE_BLOCKS.get(group_size, 1))
@@ -63,9 +63,8 @@ def padded_groups(groups: int, group_size: int) -> int:
 def pack_awq_scales(scales: torch.Tensor, group_size: int) -> torch.Tensor:
     """Group scales or zeros [N, G], any dtype, to the published [Gpad, N]: natural order, padding rows zero."""
     require_tensor("scales", scales, (None, None))
-    n, groups = scales.shape
-    transposed = scales.t()
-    return pad(transposed, (0, 0, 0, padded_groups(groups, group_size) - groups)).contiguous()
+    groups = scales.shape[1]
+    return pad(scales.t(), (0, 0, 0, padded_groups(groups, group_size) - groups)).contiguous()
 
 
 def unpack_awq_scales(wscales: torch.Tensor, in_features: int, group_size: int) -> torch.Tensor:

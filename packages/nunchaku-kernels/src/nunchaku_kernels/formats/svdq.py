@@ -96,7 +96,7 @@ def unpack_wscales(wscales: torch.Tensor) -> torch.Tensor:
 
 
 def pack_vector(vector: torch.Tensor) -> torch.Tensor:
-    """Per-channel vector [N] (bias, smooth_factor, wcscales) to the published order; N a multiple of 128 (packing.md 2)."""
+    """Per-channel vector [N] (bias, smooth_factor, wcscales) to the published order; N a multiple of 128."""
     require_tensor("vector", vector, (None,))
     require_multiple("vector", "N", vector.shape[0], CHANNEL_ALIGNMENT)
     return pack_wscales(vector.unsqueeze(1)).squeeze(0)
@@ -138,9 +138,9 @@ def unpack_micro_scales(wscales: torch.Tensor) -> torch.Tensor:
 
 
 def pack_lowrank_down(down: torch.Tensor) -> torch.Tensor:
-    """Low-rank down factor [R, K] (hidden = x @ down.T) to the published order [K, R]; both multiples of 16 (packing.md 4).
+    """Low-rank down factor [R, K] (hidden = x @ down.T) to the published order [K, R] (packing.md 4).
 
-    The result is not the transpose: it may only be read through `unpack_lowrank_down`. R = 0 gives an empty [K, 0].
+    K and R are multiples of 16. The result is not the transpose: only `unpack_lowrank_down` reads it.
     """
     require_tensor("down", down, (None, None))
     rank, k = down.shape
@@ -160,7 +160,7 @@ def unpack_lowrank_down(proj_down: torch.Tensor) -> torch.Tensor:
 
 
 def pack_lowrank_up(up: torch.Tensor) -> torch.Tensor:
-    """Low-rank up factor [N, R] (y += hidden @ up.T) to the published order [N, R]; both multiples of 16 (packing.md 4)."""
+    """Low-rank up factor [N, R] (y += hidden @ up.T) to the published order [N, R]; both multiples of 16."""
     require_tensor("up", up, (None, None))
     n, rank = up.shape
     _require_lowrank("up", "N", n, rank)
@@ -259,12 +259,12 @@ class SVDQWeights:
 def pack_svdq(weights: SVDQWeights) -> dict[str, torch.Tensor]:
     """Pads and packs a linear into the published tensors (checkpoint_format.md 0).
 
-    N and K are padded to 128 and R to 16: codes and low-rank factors with 0, every vector and the int4 scales with 1, as
-    the published converter does; nvfp4 micro-scales with 0, which is their value for an all-zero group. A missing bias
-    becomes zeros (its padding still 1).
+    N and K are padded to 128 and R to 16: codes and low-rank factors with 0, every vector and the int4 scales with 1,
+    as the published converter does; nvfp4 micro-scales with 0, which is their value for an all-zero group. A missing
+    bias becomes zeros (its padding still 1).
 
     Returns:
-        qweight, wscales, smooth_factor, smooth_factor_orig, proj_down, proj_up, bias, and wtscale / wcscales if present.
+        qweight, wscales, smooth_factor, smooth_factor_orig, proj_down, proj_up, bias; wtscale and wcscales if present.
     """
     n, k = weights.codes.shape
     more_n = ceil_to(n, CHANNEL_ALIGNMENT) - n
@@ -299,8 +299,9 @@ def unpack_svdq(
     """Inverse of `pack_svdq`.
 
     Args:
-        tensors: published tensors under the names `pack_svdq` returns. `bias`, `wtscale` and `wcscales` may be missing;
-            a missing `smooth_factor_orig` is taken from `smooth_factor`. The precision follows from the dtype of wscales.
+        tensors: published tensors under the names `pack_svdq` returns. `bias`, `wtscale` and `wcscales` may be
+            missing; a missing `smooth_factor_orig` is taken from `smooth_factor`. The dtype of wscales tells the
+            precision.
         in_features, out_features: sizes before padding, to crop to; None keeps the padded sizes.
 
     Raises:

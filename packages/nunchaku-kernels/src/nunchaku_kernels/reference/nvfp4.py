@@ -14,9 +14,9 @@ E4M3_MAX = 448.0
 def quantize_tokens(x: torch.Tensor, smooth: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Activation codes and micro-scales; there is no per-tensor activation scale and no shift.
 
-    `t = r(x / smooth)` with r() the rounding to the dtype of x, `s = min(max|t| / 6, 448)` per group; the stored scale is
-    e4m3(s), half to even, the codes are e2m1(t * (1 / s)) from the unrounded s. A group of zeros has scale 0 and codes 0;
-    a non-finite group has scale NaN.
+    `t = r(x / smooth)` with r() the rounding to the dtype of x, `s = min(max|t| / 6, 448)` per group; the stored scale
+    is e4m3(s), half to even, the codes are e2m1(t * (1 / s)) from the unrounded s. A group of zeros has scale 0 and
+    codes 0; a non-finite group has scale NaN.
 
     Args:
         x: [M, K], K a multiple of 16; fp32 is not rounded on the way.

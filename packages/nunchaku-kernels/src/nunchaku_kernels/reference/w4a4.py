@@ -18,9 +18,10 @@ def quantize_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Activation codes and group scales.
 
-    `t = r((r(x + shift)) / smooth)` with r() the rounding to the dtype of x, `s = max|t| * f32(1/7)` (1/15 unsigned) per
-    group; the stored scale is r(s), the codes are `rint(t * (1 / s))` from the unrounded s, half to even, saturated. A
-    group of zeros has scale 0 and codes 0; a non-finite group has a non-finite scale, so that its product is NaN.
+    `t = r((r(x + shift)) / smooth)` with r() the rounding to the dtype of x, `s = max|t| * f32(1/7)` (1/15 unsigned)
+    per group; the stored scale is r(s), the codes are `rint(t * (1 / s))` from the unrounded s, half to even,
+    saturated. A group of zeros has scale 0 and codes 0; a non-finite group has a non-finite scale, so that its product
+    is NaN.
 
     Args:
         x: [M, K], K a multiple of 64; fp32 is not rounded on the way.

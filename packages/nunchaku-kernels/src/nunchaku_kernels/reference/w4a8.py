@@ -20,8 +20,8 @@ _EXACT_COLUMNS = 1024
 def fold_scales(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits the group scales into one scale per row and an integer multiplier per group.
 
-    `r = max_k |q s| / 127` over the codes (1 for a zero row) and `m = 2 * rint(128 s / r)` (0 for a group of zero codes),
-    in fp64; m is even and below 2^15.
+    `r = max_k |q s| / 127` over the codes (1 for a zero row) and `m = 2 * rint(128 s / r)` (0 for a group of zero
+    codes), in fp64; m is even and below 2^15.
 
     Args:
         codes: int8 [N, K], -8..7.
@@ -82,7 +82,7 @@ def quantize_tokens(
         codes int8 [M, K], ascales fp32 [M].
     """
     require_tensor("x", x, (None, None), FLOAT_DTYPES)
-    m, k = x.shape
+    k = x.shape[1]
     t = x.float() + shift
     if smooth is not None:
         t = t * torch.reciprocal(require_tensor("smooth", smooth, (k,), FLOAT_DTYPES).float())

@@ -1,0 +1,17 @@
+"""Float tensors to 4-bit tensors: round to nearest, searched scales, smoothing, low-rank branches."""
+
+from nunchaku_kernels.quantize.awq import quantize_w4a16
+from nunchaku_kernels.quantize.int4 import quantize_int4
+from nunchaku_kernels.quantize.lowrank import truncated_svd
+from nunchaku_kernels.quantize.nvfp4 import quantize_nvfp4
+from nunchaku_kernels.quantize.smoothing import smoothing_from_weights
+from nunchaku_kernels.quantize.svdq import quantize_svdq
+
+__all__ = [
+    "quantize_int4",
+    "quantize_nvfp4",
+    "quantize_svdq",
+    "quantize_w4a16",
+    "smoothing_from_weights",
+    "truncated_svd",
+]
