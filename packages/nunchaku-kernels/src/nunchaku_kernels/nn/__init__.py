@@ -1,0 +1,18 @@
+"""Layers: 4-bit linears, and the slices that keep the original linears' names alive."""
+
+from nunchaku_kernels.nn.base import Origin, QuantizedLinear
+from nunchaku_kernels.nn.slices import LinearSlice, SlicePart
+from nunchaku_kernels.nn.svdq import GELU_SHIFT, QuantizedActivation, SVDQLinear
+from nunchaku_kernels.nn.w4a16 import ModulationLinear, W4A16Linear
+
+__all__ = [
+    "GELU_SHIFT",
+    "LinearSlice",
+    "ModulationLinear",
+    "Origin",
+    "QuantizedActivation",
+    "QuantizedLinear",
+    "SVDQLinear",
+    "SlicePart",
+    "W4A16Linear",
+]

@@ -1,0 +1,59 @@
+"""The bridge to the compiled extension: tensors become pointers here, and nowhere else.
+
+The extension links no libtorch, so that one binary serves every torch release; an operator checks its tensors once
+and hands over addresses, sizes and dtype codes.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+ISA_VARIABLE = "NUNCHAKU_CPU_ISA"
+"""Environment variable that forces a CPU instruction set ("portable", "avx2", ...), for tests and bug reports."""
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ACTIVATION_CODES = {"none": 0, "gelu": 1, "silu": 2}
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """The compiled module, or None (with one log line) where it was not built: the plain-torch path then serves."""
+    try:
+        return importlib.import_module("nunchaku_kernels._C")
+    except ImportError as error:
+        logger.warning("nunchaku_kernels runs without its compiled CPU kernels, slowly: %s", error)
+        return None
+
+
+def cpu_isa() -> str:
+    """The instruction set asked for through `NUNCHAKU_CPU_ISA`; empty for the best one.
+
+    Raises:
+        ValueError: the variable names an instruction set that this machine or build does not have.
+    """
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    module = extension()
+    if wanted and module is not None and wanted not in module.isas():
+        raise ValueError(f"{ISA_VARIABLE}={wanted!r}: this machine runs {', '.join(module.isas())}")
+    return wanted
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Address of the first element; 0 for an absent tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dtype_code(tensor: torch.Tensor | None) -> int:
+    """Code of the tensor's dtype in the extension; 0 for an absent tensor."""
+    return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
+
+
+def threads() -> int:
+    """The caller's thread count: torch's, so that the two never oversubscribe the machine."""
+    return torch.get_num_threads()

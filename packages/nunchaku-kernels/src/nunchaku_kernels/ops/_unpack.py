@@ -1,0 +1,53 @@
+"""Calling the plain-torch reference with tensors in the published order."""
+
+import torch
+from torch.nn.functional import pad
+
+from nunchaku_kernels.formats import unpack_lowrank_down, unpack_lowrank_up, unpack_vector
+from nunchaku_kernels.reference.epilogue import epilogue, lowrank_down
+
+
+def natural_smooth(smooth: torch.Tensor | None) -> torch.Tensor | None:
+    """The smoothing vector (K) in natural channel order."""
+    return None if smooth is None else unpack_vector(smooth)
+
+
+def padded_input(x: torch.Tensor, width: int, shift: float = 0.0) -> torch.Tensor:
+    """x (M, K') padded to (M, width) so that the shifted padding is zero and takes no part in a group's maximum."""
+    return pad(x, (0, width - x.shape[1]), value=-shift)
+
+
+def lowrank_activation(x: torch.Tensor, proj_down: torch.Tensor | None) -> torch.Tensor:
+    """x (M, K') and a published `proj_down` (K, R) or None -> float32 (M, R)."""
+    if proj_down is None:
+        return x.new_empty(x.shape[0], 0, dtype=torch.float32)
+    return lowrank_down(x, unpack_lowrank_down(proj_down)[:, : x.shape[1]])
+
+
+def reference_epilogue(
+    accumulator: torch.Tensor,
+    lora_act: torch.Tensor,
+    proj_up: torch.Tensor | None,
+    rank_scale: torch.Tensor | None,
+    wcscales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    activation: str,
+    gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The shared tail on an fp32 product (M, out_features) whose padding rows were cropped already."""
+    width = accumulator.shape[1]
+    return epilogue(
+        accumulator,
+        wcscales=None if wcscales is None else unpack_vector(wcscales)[:width],
+        bias=None if bias is None else unpack_vector(bias)[:width],
+        lora_act=None if proj_up is None else lora_act,
+        proj_up=None if proj_up is None else unpack_lowrank_up(proj_up)[:width],
+        rank_scale=rank_scale,
+        activation=activation,  # type: ignore[arg-type]  # checked by the operator
+        gate=gate,
+        residual=residual,
+        out_dtype=out_dtype,
+    )

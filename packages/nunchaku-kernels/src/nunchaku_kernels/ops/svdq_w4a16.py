@@ -1,0 +1,78 @@
+"""SVDQuant weights against 16-bit activations: dequantise, then an ordinary matrix product.
+
+Correct on any device torch supports and for both stored precisions; nothing of x is rounded to 4 or 8 bits. It reads
+and writes the whole dequantised weight, so it is the last resort, not a fast path.
+"""
+
+from typing import Any
+
+import torch
+
+from nunchaku_kernels.formats import unpack_micro_scales, unpack_qweight, unpack_wscales
+from nunchaku_kernels.formats.e2m1 import decode
+from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tail, check_tensor
+from nunchaku_kernels.ops._library import fake, implement
+from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, padded_input, reference_epilogue
+from nunchaku_kernels.ops.w4a8 import check_quantize
+
+
+def dequantize(qweight: torch.Tensor, wscales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Published codes (N, K/2) and scales (int4 (K/64, N) T or nvfp4 (K/16, N) float8_e4m3fn) -> (N, K) `dtype`."""
+    if wscales.dtype == torch.float8_e4m3fn:
+        values, scales = decode(unpack_qweight(qweight, signed=False)), unpack_micro_scales(wscales).float().abs()
+    else:
+        values, scales = unpack_qweight(qweight).float(), unpack_wscales(wscales).float()
+    grouped = values.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)
+    return grouped.flatten(1).to(dtype)
+
+
+@implement("svdq_w4a16_linear", "CompositeExplicitAutograd")
+def _linear(
+    x: torch.Tensor,
+    smooth: torch.Tensor | None,
+    shift: float,
+    proj_down: torch.Tensor | None,
+    qweight: torch.Tensor,
+    wscales: torch.Tensor,
+    wtscale: torch.Tensor | None,
+    proj_up: torch.Tensor | None,
+    rank_scale: torch.Tensor | None,
+    wcscales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    out_features: int,
+    activation: str = "none",
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    op, device = "svdq_w4a16_linear", x.device
+    width = check_quantize(op, x, smooth, shift, proj_down)
+    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, width // 2), device=device)
+    rows, nvfp4 = qweight.shape[0], wscales.dtype == torch.float8_e4m3fn
+    group = 16 if nvfp4 else 64
+    check_tensor(op, "wscales", wscales, dtypes=(wscales.dtype,), shape=(width // group, rows), device=device)
+    check_optional(op, "wtscale", wtscale, dtypes=FLOATS, shape=(1,), device=device)
+    lora_act = lowrank_activation(x, proj_down)
+    check_tail(
+        op, rows=x.shape[0], padded_out=rows, out_features=out_features, lora_act=lora_act, proj_up=proj_up,
+        rank_scale=rank_scale, wcscales=wcscales, bias=bias, activation=activation, gate=gate, residual=residual,
+        out_dtype=out_dtype, device=device,
+    )  # fmt: skip
+    t = padded_input(x, width, shift)
+    t = t + shift if shift else t
+    natural = natural_smooth(smooth)
+    if natural is not None:
+        t = (t.float() / natural.float()).to(x.dtype)
+    product = torch.nn.functional.linear(t, dequantize(qweight, wscales, x.dtype)).float()
+    if wtscale is not None:
+        product = product * wtscale.float()
+    return reference_epilogue(
+        product[:, :out_features], lora_act, proj_up, rank_scale, wcscales, bias, activation=activation, gate=gate,
+        residual=residual, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+@fake("svdq_w4a16_linear")
+def _(x: torch.Tensor, *_: Any, out_features: int, out_dtype: torch.dtype, **__: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out_features, dtype=out_dtype)

@@ -1,0 +1,91 @@
+"""W4A4: int4 activations with one scale per 64 channels, as the published kernels quantise them.
+
+Plain torch on every device: the arithmetic that published quality figures refer to, and the reference for the int4
+tensor cores of sm_75 to sm_89.
+"""
+
+from typing import Any
+
+import torch
+
+from nunchaku_kernels.formats import unpack_qweight, unpack_wscales
+from nunchaku_kernels.ops._checks import FLOATS, check_tail, check_tensor
+from nunchaku_kernels.ops._library import fake, implement
+from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, padded_input, reference_epilogue
+from nunchaku_kernels.ops.w4a8 import check_quantize, padded_width
+from nunchaku_kernels.reference import w4a4 as reference
+
+GROUP = reference.GROUP_SIZE
+
+
+@implement("w4a4_quantize", "CompositeExplicitAutograd")
+def _quantize(
+    x: torch.Tensor,
+    smooth: torch.Tensor | None,
+    shift: float,
+    proj_down: torch.Tensor | None,
+    unsigned: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = check_quantize("w4a4_quantize", x, smooth, shift, proj_down)
+    codes, ascales = reference.quantize_tokens(
+        padded_input(x, width, shift), natural_smooth(smooth), shift, unsigned=unsigned
+    )
+    return codes, ascales, lowrank_activation(x, proj_down)
+
+
+@fake("w4a4_quantize")
+def _(
+    x: torch.Tensor,
+    smooth: torch.Tensor | None,
+    shift: float,
+    proj_down: torch.Tensor | None,
+    unsigned: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = padded_width(x, smooth, proj_down)
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    return (
+        x.new_empty(x.shape[0], width, dtype=torch.int8),
+        x.new_empty(x.shape[0], width // GROUP),
+        x.new_empty(x.shape[0], rank, dtype=torch.float32),
+    )
+
+
+@implement("w4a4_linear", "CompositeExplicitAutograd")
+def _linear(
+    codes: torch.Tensor,
+    ascales: torch.Tensor,
+    lora_act: torch.Tensor,
+    qweight: torch.Tensor,
+    wscales: torch.Tensor,
+    proj_up: torch.Tensor | None,
+    rank_scale: torch.Tensor | None,
+    wcscales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    out_features: int,
+    activation: str = "none",
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    op, device = "w4a4_linear", codes.device
+    check_tensor(op, "codes", codes, dtypes=(torch.int8,), shape=(None, None), device=device)
+    tokens, width = codes.shape
+    check_tensor(op, "ascales", ascales, dtypes=FLOATS, shape=(tokens, width // GROUP), device=device)
+    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, width // 2), device=device)
+    check_tensor(op, "wscales", wscales, dtypes=FLOATS, shape=(width // GROUP, qweight.shape[0]), device=device)
+    check_tail(
+        op, rows=tokens, padded_out=qweight.shape[0], out_features=out_features, lora_act=lora_act, proj_up=proj_up,
+        rank_scale=rank_scale, wcscales=wcscales, bias=bias, activation=activation, gate=gate, residual=residual,
+        out_dtype=out_dtype, device=device,
+    )  # fmt: skip
+    product = reference.product(codes, ascales, unpack_qweight(qweight), unpack_wscales(wscales))
+    return reference_epilogue(
+        product[:, :out_features], lora_act, proj_up, rank_scale, wcscales, bias, activation=activation, gate=gate,
+        residual=residual, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+@fake("w4a4_linear")
+def _(codes: torch.Tensor, *_: Any, out_features: int, out_dtype: torch.dtype, **__: Any) -> torch.Tensor:
+    return codes.new_empty(codes.shape[0], out_features, dtype=out_dtype)

@@ -1,0 +1,188 @@
+"""W4A8: int8 activations with one scale per token, 4-bit weights decoded to int8 with one scale per row.
+
+`design/numerics.md` states the contract in two stages: the same 16-bit x gives the same codes and scales on every
+device, and the same codes give the same int32 sums. The CPU path is native; everywhere else (and where the extension
+was not built) the plain-torch reference computes the same integers.
+"""
+
+from typing import Any
+
+import torch
+
+from nunchaku_kernels.formats import unpack_qweight, unpack_wscales
+from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tail, check_tensor
+from nunchaku_kernels.ops._library import fake, implement
+from nunchaku_kernels.ops._native import (
+    ACTIVATION_CODES,
+    cpu_isa,
+    dtype_code,
+    extension,
+    pointer,
+    threads,
+)
+from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, padded_input, reference_epilogue
+from nunchaku_kernels.reference import w4a8 as reference
+
+GROUP = 64
+
+
+def padded_width(x: torch.Tensor, smooth: torch.Tensor | None, proj_down: torch.Tensor | None) -> int:
+    """K after padding: from the per-channel tensors where there are any, else the width of x itself."""
+    if smooth is not None:
+        return smooth.numel()
+    return x.shape[-1] if proj_down is None else proj_down.shape[0]
+
+
+def check_quantize(
+    op: str, x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
+) -> int:
+    """Check the arguments of a quantise operator; returns the padded K."""
+    check_tensor(op, "x", x, dtypes=FLOATS, shape=(None, None), device=x.device)
+    width = padded_width(x, smooth, proj_down)
+    if x.shape[1] > width or width % GROUP:
+        raise ValueError(
+            f"{op}: `x` has {x.shape[1]} channels, the layer takes at most {width} (a multiple of {GROUP})"
+        )
+    check_optional(op, "smooth", smooth, dtypes=FLOATS, shape=(width,), device=x.device)
+    check_optional(op, "proj_down", proj_down, dtypes=FLOATS, shape=(width, None), device=x.device)
+    return width
+
+
+@implement("w4a8_fold_scales", "CompositeExplicitAutograd")
+def _fold_scales(qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, half = _check_weight("w4a8_fold_scales", qweight, wscales)
+    native = extension() if qweight.device.type == "cpu" else None
+    if native is None:
+        return reference.fold_scales(unpack_qweight(qweight), unpack_wscales(wscales))
+    qweight, wscales = qweight.contiguous(), wscales.contiguous()
+    row_scales = torch.empty(rows, dtype=torch.float32)
+    multipliers = torch.empty(rows, half * 2 // GROUP, dtype=torch.int16)
+    native.w4a8_fold_scales(
+        pointer(qweight), pointer(wscales), dtype_code(wscales), rows, half * 2, pointer(row_scales),
+        pointer(multipliers), threads(),
+    )  # fmt: skip
+    return row_scales, multipliers
+
+
+@fake("w4a8_fold_scales")
+def _(qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, half = qweight.shape
+    return (
+        qweight.new_empty(rows, dtype=torch.float32),
+        qweight.new_empty(rows, half * 2 // GROUP, dtype=torch.int16),
+    )
+
+
+def _check_weight(op: str, qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[int, int]:
+    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, None), device=qweight.device)
+    rows, half = qweight.shape
+    if rows % 128 or half % 64:
+        raise ValueError(f"{op}: `qweight` must be padded to 128 rows and 64 bytes, got {tuple(qweight.shape)}")
+    check_tensor(op, "wscales", wscales, dtypes=FLOATS, shape=(half * 2 // GROUP, rows), device=qweight.device)
+    return rows, half
+
+
+@implement("w4a8_quantize", "CompositeExplicitAutograd")
+def _quantize(
+    x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = check_quantize("w4a8_quantize", x, smooth, shift, proj_down)
+    native = extension() if x.device.type == "cpu" else None
+    if native is None:
+        codes, ascales = reference.quantize_tokens(padded_input(x, width, shift), natural_smooth(smooth), shift)
+        return codes, ascales, lowrank_activation(x, proj_down)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    smooth = None if smooth is None else smooth.contiguous()
+    proj_down = None if proj_down is None else proj_down.contiguous()
+    tokens, channels = x.shape
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    codes = torch.empty(tokens, width, dtype=torch.int8)
+    ascales = torch.empty(tokens, dtype=torch.float32)
+    lora_act = torch.empty(tokens, rank, dtype=torch.float32)
+    if tokens:
+        native.w4a8_quantize(
+            pointer(x), dtype_code(x), tokens, channels, x.stride(0), width, pointer(smooth), dtype_code(smooth),
+            shift, pointer(proj_down), dtype_code(proj_down), rank, pointer(codes), pointer(ascales),
+            pointer(lora_act), threads(), cpu_isa(),
+        )  # fmt: skip
+    return codes, ascales, lora_act
+
+
+@fake("w4a8_quantize")
+def _(
+    x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    return (
+        x.new_empty(x.shape[0], padded_width(x, smooth, proj_down), dtype=torch.int8),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape[0], rank, dtype=torch.float32),
+    )
+
+
+@implement("w4a8_linear", "CompositeExplicitAutograd")
+def _linear(
+    codes: torch.Tensor,
+    ascales: torch.Tensor,
+    lora_act: torch.Tensor,
+    qweight: torch.Tensor,
+    row_scales: torch.Tensor,
+    group_multipliers: torch.Tensor,
+    proj_up: torch.Tensor | None,
+    rank_scale: torch.Tensor | None,
+    wcscales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    out_features: int,
+    activation: str = "none",
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    op, device = "w4a8_linear", codes.device
+    check_tensor(op, "codes", codes, dtypes=(torch.int8,), shape=(None, None), device=device)
+    tokens, width = codes.shape
+    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, width // 2), device=device)
+    rows = qweight.shape[0]
+    check_tensor(op, "ascales", ascales, dtypes=(torch.float32,), shape=(tokens,), device=device)
+    check_tensor(op, "row_scales", row_scales, dtypes=(torch.float32,), shape=(rows,), device=device)
+    check_tensor(
+        op, "group_multipliers", group_multipliers, dtypes=(torch.int16,), shape=(rows, width // GROUP), device=device
+    )
+    check_tail(
+        op, rows=tokens, padded_out=rows, out_features=out_features, lora_act=lora_act, proj_up=proj_up,
+        rank_scale=rank_scale, wcscales=wcscales, bias=bias, activation=activation, gate=gate, residual=residual,
+        out_dtype=out_dtype, device=device,
+    )  # fmt: skip
+    native = extension() if device.type == "cpu" else None
+    if native is None:
+        sums = reference.accumulate(codes, reference.decode_int8(unpack_qweight(qweight), group_multipliers))
+        product = sums.float() * (ascales[:, None] * row_scales)
+        return reference_epilogue(
+            product[:, :out_features], lora_act, proj_up, rank_scale, wcscales, bias, activation=activation,
+            gate=gate, residual=residual, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    def whole(tensor: torch.Tensor | None) -> Any:
+        return None if tensor is None else tensor.contiguous()
+
+    codes, ascales, lora_act, qweight = whole(codes), whole(ascales), whole(lora_act), whole(qweight)
+    row_scales, group_multipliers, proj_up = whole(row_scales), whole(group_multipliers), whole(proj_up)
+    rank_scale, wcscales, bias, gate, residual = map(whole, (rank_scale, wcscales, bias, gate, residual))
+    out = torch.empty(tokens, out_features, dtype=out_dtype)
+    if tokens:
+        native.w4a8_linear(
+            pointer(codes), pointer(ascales), pointer(lora_act), lora_act.shape[1], pointer(qweight),
+            pointer(row_scales), pointer(group_multipliers), pointer(proj_up), dtype_code(proj_up),
+            pointer(rank_scale), pointer(wcscales), dtype_code(wcscales), pointer(bias), dtype_code(bias), tokens,
+            rows, width, out_features, ACTIVATION_CODES[activation], pointer(gate), dtype_code(gate),
+            0 if gate is None else gate.shape[0], pointer(residual), dtype_code(residual), pointer(out),
+            dtype_code(out), threads(), cpu_isa(),
+        )  # fmt: skip
+    return out
+
+
+@fake("w4a8_linear")
+def _(codes: torch.Tensor, *_: Any, out_features: int, out_dtype: torch.dtype, **__: Any) -> torch.Tensor:
+    return codes.new_empty(codes.shape[0], out_features, dtype=out_dtype)

@@ -1,0 +1,49 @@
+"""4-bit weights of an adaptive-norm linear, in the published order: channel-major rows, the 1 of `1 + scale` folded."""
+
+import torch
+
+from nunchaku_kernels._checks import FLOAT_DTYPES, require_multiple, require_tensor
+from nunchaku_kernels.formats import fold_unit_scale, pack_awq, pack_awq_scales, to_channel_major
+from nunchaku_kernels.quantize.awq import quantize_w4a16
+
+
+def quantize_modulation(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_chunks: int,
+    *,
+    group_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a `nn.ModulationLinear` (checkpoint_format.md 3, "Modulation linears").
+
+    Args:
+        weight: float [num_chunks * D, K] in diffusers' chunk order; K a multiple of `group_size`.
+        bias: [num_chunks * D], or None for zeros.
+        num_chunks: 6 or 3.
+        group_size: inputs per scale.
+        dtype: dtype of scales, zeros and bias.
+
+    Returns:
+        `qweight` int32, `wscales`, `wzeros`, `bias`, in the published order.
+
+    Raises:
+        ValueError: `weight` or `bias` is not finite or does not fit.
+    """
+    require_tensor("weight", weight, (None, None), FLOAT_DTYPES)
+    rows = weight.shape[0]
+    require_multiple("weight", "N", rows, 4)
+    codes, scales, zeros = quantize_w4a16(weight, group_size, dtype=dtype)
+    if bias is None:
+        bias = torch.zeros(rows, dtype=dtype, device=weight.device)
+    require_tensor("bias", bias, (rows,), FLOAT_DTYPES)
+    if not bias.isfinite().all():
+        raise ValueError("bias: expected finite values, got NaN or infinity")
+    # The 1 is added before rounding: a bias kept in 32 bits loses less than one that was rounded first.
+    folded = fold_unit_scale(bias.float(), num_chunks).to(dtype)
+    return {
+        "qweight": pack_awq(to_channel_major(codes, num_chunks)),
+        "wscales": pack_awq_scales(to_channel_major(scales, num_chunks), group_size),
+        "wzeros": pack_awq_scales(to_channel_major(zeros, num_chunks), group_size),
+        "bias": to_channel_major(folded, num_chunks).contiguous(),
+    }

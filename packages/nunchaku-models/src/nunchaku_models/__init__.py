@@ -1,0 +1,49 @@
+"""4-bit diffusion transformers for diffusers.
+
+Importing this package registers the quantisation method `svdquant` with diffusers, so that the stock `from_pretrained`
+loads quantised folders. The model classes below are drop-ins for their diffusers counterparts.
+"""
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from nunchaku_models._registration import register_with_diffusers as _register_with_diffusers
+
+if TYPE_CHECKING:
+    from nunchaku_models.flux import NunchakuFluxTransformer2DModel, NunchakuFluxTransformer2dModel
+    from nunchaku_models.layers import arithmetics, set_arithmetic
+    from nunchaku_models.quantizer import quantize_checkpoint
+
+__version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+_LAZY: dict[str, str] = {
+    "NunchakuFluxTransformer2DModel": "nunchaku_models.flux",
+    "NunchakuFluxTransformer2dModel": "nunchaku_models.flux",
+    "arithmetics": "nunchaku_models.layers",
+    "quantize_checkpoint": "nunchaku_models.quantizer",
+    "set_arithmetic": "nunchaku_models.layers",
+}
+__all__ = [
+    "NunchakuFluxTransformer2DModel",
+    "NunchakuFluxTransformer2dModel",
+    "arithmetics",
+    "quantize_checkpoint",
+    "set_arithmetic",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers takes seconds to import; `nunchaku inspect` and `--help` should not wait for it
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+_register_with_diffusers()

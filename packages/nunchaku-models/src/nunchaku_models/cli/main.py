@@ -1,0 +1,71 @@
+"""`nunchaku <command>`: finds the subcommands, runs one, turns errors into one sentence and an exit code.
+
+Other packages add subcommands through the entry-point group `nunchaku.commands`: a function that takes the argparse
+sub-parser collection, adds its parser and sets `run` to a function of the parsed arguments.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from nunchaku_models import __version__
+
+ENTRY_POINTS = "nunchaku.commands"
+COMMANDS = ("generate", "quantize", "inspect", "doctor")
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, subcommands of other installed packages included."""
+    parser = argparse.ArgumentParser(
+        prog="nunchaku",
+        description="4-bit diffusion transformers: draw pictures, quantise models, look into files.",
+        epilog="`nunchaku <command> --help` explains a command, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"nunchaku-models {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="log what happens, and show tracebacks of errors")
+    subparsers = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"nunchaku_models.cli.{name}").register(subparsers)
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()(subparsers)
+        except Exception as error:
+            # one broken plug-in must not take the other commands away
+            print(f"nunchaku: the command {entry.name!r} is not available: {error}", file=sys.stderr)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    if args.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    try:
+        result = args.run(args)
+    except KeyboardInterrupt:
+        print("nunchaku: interrupted; earlier files are untouched", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if args.verbose:
+            raise
+        print(f"nunchaku: error: {one_line(error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return int(result or 0)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; its class name where it has none."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""What `nunchaku generate` does, as functions: load a pipeline, draw, report."""
+
+import inspect
+import logging
+import os
+import re
+import resource
+import secrets
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from PIL import Image
+
+from nunchaku_kernels.ops import Arithmetic
+from nunchaku_models import demo
+from nunchaku_models.checkpoints import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_SIDE = 16384
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A pipeline with what is worth reporting about it.
+
+    Attributes:
+        pipeline: a diffusers pipeline on its device.
+        model: where it came from.
+        device: torch device string.
+        arithmetic: how the transformer is multiplied, in words.
+        defaults: call arguments recommended by the pipeline's folder.
+        load_seconds: time to load it, imports included.
+    """
+
+    pipeline: Any
+    model: str
+    device: str
+    arithmetic: str
+    defaults: dict[str, Any]
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What a picture took."""
+
+    output: str
+    model: str
+    width: int
+    height: int
+    steps: int
+    seed: int
+    device: str
+    arithmetic: str
+    dtype: str
+    load_seconds: float
+    draw_seconds: float
+    peak_memory_bytes: int
+    peak_memory_of: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"wrote {self.output}: {self.width}x{self.height}, {self.steps} steps, seed {self.seed}\n"
+            f"  {self.load_seconds:.1f} s to load, {self.draw_seconds:.1f} s to draw, peak memory "
+            f"{self.peak_memory_bytes / 2**30:.2f} GiB ({self.peak_memory_of})\n"
+            f"  transformer: {self.arithmetic}, {self.dtype}, on {self.device}"
+        )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "1024x768" or "1024" -> (width, height) in pixels, multiples of 16.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
+    sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not all(16 <= side <= MAX_SIDE and side % 16 == 0 for side in sides):
+        raise ValueError(f"size must be WIDTHxHEIGHT in multiples of 16 up to {MAX_SIDE}, e.g. 1024x768; got {text!r}")
+    return sides
+
+
+def check_picture_path(path: Path) -> Path:
+    """The path, if a picture can be written there.
+
+    Raises:
+        ValueError: an ending that is no picture format, or a folder that is missing or read-only.
+    """
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise ValueError(f"{path}: a picture's name must end in {', '.join(PICTURE_SUFFIXES)}")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: the folder {folder} does not exist")
+    if path.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"{path}: cannot be written")
+    return path
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture to a temporary file, then rename it."""
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        picture.save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_pipeline(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    arithmetic: str | None = None,
+    offload: bool = False,
+) -> LoadedPipeline:
+    """Load a FLUX pipeline to draw with.
+
+    Args:
+        model: pipeline folder or hub id (4-bit or 16-bit); or a transformer file, folder or hub path, with `base`;
+            None for the demo.
+        base: pipeline folder or hub id with everything but the transformer.
+        device: torch device; default "cuda" if there is one, else "cpu".
+        dtype: name or torch dtype; default float16 on GPUs before sm_80, bfloat16 on other GPUs and on the CPU.
+        arithmetic: how 4-bit layers are multiplied; default the device's best.
+        offload: keep on the GPU only the part that runs.
+
+    Raises:
+        CheckpointError, ValueError: with a sentence that says what is wrong and what to do.
+    """
+    started = time.monotonic()
+    place = _device(device)
+    if offload and place.type == "cpu":
+        raise ValueError("offloading moves parts between CPU and GPU; the device is the CPU")
+    half = _dtype(dtype, place)
+    if arithmetic is not None and arithmetic not in get_args(Arithmetic):
+        raise ValueError(f"arithmetic must be one of {', '.join(get_args(Arithmetic))}, got {arithmetic!r}")
+    if model is None:
+        if not demo.is_complete():
+            raise CheckpointError("the demo pipeline is missing from this installation; reinstall nunchaku-models")
+        model, base = demo.TRANSFORMER_INT4, base or demo.PIPELINE
+    path = Path(model).expanduser()
+    if base is None and path.is_file():
+        raise ValueError(
+            f"{model} is a transformer file; add --base with the pipeline that has the text encoders and VAE"
+        )
+
+    import diffusers  # takes seconds; everything above fails without it
+
+    from nunchaku_models.flux import NunchakuFluxTransformer2DModel
+    from nunchaku_models.layers import arithmetics, quantized_layers, set_arithmetic
+
+    parts: dict[str, Any] = {}
+    if base is not None:
+        parts["transformer"] = NunchakuFluxTransformer2DModel.from_pretrained(model, dtype=half)
+    root = base if base is not None else model
+    local = Path(root).expanduser()
+    if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(root)) is None:
+        raise CheckpointError(f"{root} is neither a folder nor a hub id such as 'org/repo'")
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            str(local) if local.exists() else os.fspath(root), dtype=half, use_safetensors=True, **parts
+        )
+    except (OSError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{root} cannot be loaded as a pipeline: {error}") from error
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is None:
+        raise CheckpointError(f"{root}: {type(pipeline).__name__} has no transformer; FLUX.1 pipelines are supported")
+    if quantized_layers(transformer):
+        if arithmetic is not None:
+            set_arithmetic(transformer, arithmetic)  # type: ignore[arg-type]  # checked above
+    elif arithmetic is not None:
+        raise ValueError(f"{model} is not quantised: there is no arithmetic to choose; run `nunchaku quantize` first")
+    if offload:
+        pipeline.enable_model_cpu_offload(device=place)
+    else:
+        pipeline.to(place)
+    if quantized_layers(transformer):
+        words = ", ".join(f"{name} x {count}" for name, count in arithmetics(transformer).items())
+    else:
+        words = "16-bit"
+    return LoadedPipeline(
+        pipeline=pipeline,
+        model=str(model),
+        device=str(place),
+        arithmetic=words,
+        defaults=demo.defaults(local) if local.is_dir() else {},
+        load_seconds=time.monotonic() - started,
+    )
+
+
+def generate(
+    loaded: LoadedPipeline,
+    prompt: str,
+    output: Path,
+    *,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    guidance: float | None = None,
+    true_cfg: float | None = None,
+) -> GenerationReport:
+    """Draw one picture and write it.
+
+    Args:
+        loaded: from `load_pipeline`.
+        prompt: any text; too long a text is cut by the tokenizer, with a warning of diffusers'.
+        output: see `check_picture_path`.
+        negative_prompt, guidance, true_cfg: call arguments of the pipeline; default: the model's own.
+        seed: of the noise, drawn on the CPU so that every device gives the same picture.
+        steps: denoising steps.
+        size: (width, height) in pixels.
+    """
+    given = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "true_cfg_scale": true_cfg,
+        "width": size[0] if size else None,
+        "height": size[1] if size else None,
+    }
+    arguments = {**loaded.defaults, **{key: value for key, value in given.items() if value is not None}}
+    accepted = inspect.signature(type(loaded.pipeline).__call__).parameters
+    unknown = sorted(key for key in arguments if key not in accepted)
+    if unknown:
+        raise ValueError(f"{type(loaded.pipeline).__name__} does not take {', '.join(unknown)}")
+    device = torch.device(loaded.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.monotonic()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    picture = loaded.pipeline(prompt, generator=generator, **arguments).images[0]
+    seconds = time.monotonic() - started
+    save_picture(picture, output)
+    memory, what = _peak_memory(device)
+    return GenerationReport(
+        output=str(output),
+        model=loaded.model,
+        width=picture.width,
+        height=picture.height,
+        steps=loaded.pipeline.num_timesteps,
+        seed=seed,
+        device=loaded.device,
+        arithmetic=loaded.arithmetic,
+        dtype=str(loaded.pipeline.transformer.dtype).removeprefix("torch."),
+        load_seconds=loaded.load_seconds,
+        draw_seconds=seconds,
+        peak_memory_bytes=memory,
+        peak_memory_of=what,
+    )
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        return torch.float16 if old else torch.bfloat16
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
+    return found
+
+
+def _peak_memory(device: torch.device) -> tuple[int, str]:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "GPU"
+    # bytes on macOS, kibibytes elsewhere
+    factor = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor, "whole process"

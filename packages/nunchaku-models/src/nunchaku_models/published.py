@@ -1,0 +1,46 @@
+"""The metadata and configurations that quantised files and folders carry."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nunchaku_models.checkpoints import FileMetadata, QuantizationMetadata, build_metadata, comfy_config
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+QUANT_METHOD = "svdquant"
+GROUP_SIZES = {"int4": 64, "nvfp4": 16}
+"""Precision -> input channels per weight scale."""
+
+
+def quantization_entries(precision: str, rank: int) -> dict[str, Any]:
+    """`quantization_config` of a quantised diffusers folder."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "precision": precision,
+        "rank": rank,
+        "group_size": GROUP_SIZES[precision],
+    }
+
+
+def file_metadata(transformer_class: str, config: Mapping[str, Any], precision: str, rank: int) -> dict[str, str]:
+    """Metadata entries of a published file (spec, checkpoint_format section 1)."""
+    return build_metadata(
+        FileMetadata(
+            config={"_class_name": transformer_class, **config},
+            quantization=QuantizationMetadata(precision, rank),  # type: ignore[arg-type]
+            comfy_config=comfy_config(config),
+            model_class=f"Nunchaku{transformer_class.replace('2DModel', '2dModel')}",
+        )
+    )
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers configuration without the entries that describe where it came from."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and k != "quantization_config"}
+
+
+def folder_config(transformer_class: str, config: Mapping[str, Any], precision: str, rank: int) -> str:
+    """`config.json` of a quantised transformer folder."""
+    quantization = quantization_entries(precision, rank)
+    entries = {"_class_name": transformer_class, **config, "quantization_config": quantization}
+    return json.dumps(entries, indent=2) + "\n"
