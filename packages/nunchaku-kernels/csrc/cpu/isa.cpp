@@ -7,6 +7,7 @@ namespace nk::cpu {
 extern const Kernels portable_kernels;
 #ifdef NK_X86
 extern const Kernels avx2_kernels;
+extern const Kernels avx512vnni_kernels;
 #endif
 
 namespace {
@@ -14,8 +15,11 @@ namespace {
 std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> tables{&portable_kernels};
 #ifdef NK_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        tables.push_back(&avx2_kernels);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx2) tables.push_back(&avx2_kernels);
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) tables.push_back(&avx512vnni_kernels);
 #endif
     return tables;
 }

@@ -12,13 +12,22 @@ namespace nk::cpu {
 // A W4A8 weight panel: int8 [channels / 16][inputs / 4][16][4]. Four consecutive inputs of one channel sit in one 32-bit
 // word, which is the operand order of maddubs, vpdpbusd and of an AMX tile alike.
 constexpr size_t kPanelChannels = 128;
-constexpr size_t kPanelInputs = 4096;
+constexpr size_t kPanelInputs = 2048;
 
 enum class Activation : int { none = 0, gelu_tanh = 1, silu = 2 };
 
 // One token's slice of an epilogue operand; absent if data is null.
 struct RowOperand {
     const void* data;
+    DType dtype;
+};
+
+// Four neighbouring output channels in AWQ order. Scales and zeros are fp32 copies, [groups][scale_stride] from the first
+// channel on; the weights they give are rounded to `dtype`.
+struct AwqQuad {
+    const uint16_t* words;
+    const float *scales, *zeros;
+    size_t scale_stride, inputs, group_size;
     DType dtype;
 };
 
@@ -57,9 +66,12 @@ struct Kernels {
     void (*finish_row)(float* y, size_t channels, Activation activation, RowOperand gate, RowOperand residual,
                        void* out, DType out_dtype);
 
-    // Inputs of four AWQ-ordered channels as fp32 weights: dst[k * ld + channel], channel 0..3.
-    void (*awq_decode)(const uint16_t* quad, const void* scales, const void* zeros, DType dtype, size_t scale_stride,
-                       size_t inputs, size_t group_size, float* dst, size_t ld);
+    // Weights of a quad as fp32: dst[input * ld + channel], channel 0..3.
+    void (*awq_decode)(const AwqQuad& quad, float* dst, size_t ld);
+
+    // y[token * ldy + channel] += x[token, :] . weights of the quad's channel; x rows are contiguous. For few tokens, where
+    // decoding dominates; null where awq_decode and matmul are as good.
+    void (*awq_product)(const AwqQuad& quad, const float* x, size_t tokens, float* y, size_t ldy);
 };
 
 }  // namespace nk::cpu

@@ -11,7 +11,9 @@
 namespace nk::cpu {
 namespace {
 
+constexpr size_t kChannels = 32;  // of a work item: a cache line of 16-bit scales
 constexpr size_t kTokenBlock = 512;
+constexpr size_t kFewTokens = 4;  // above, a panel decoded once is cheaper than decoding in registers per token pair
 
 void validate(const AwqArguments& a, int64_t threads) {
     require_dtype(a.x.dtype, "x_dtype");
@@ -47,27 +49,44 @@ void w4a16_linear(const AwqArguments& a, int64_t threads, const std::string& isa
         kernels.to_float(static_cast<const char*>(a.x.data) + a.stride * static_cast<int64_t>(m * size_of(x_dtype)),
                          x_dtype, inputs, &x[m * inputs]);
 
+    const bool few = tokens <= kFewTokens && kernels.awq_product;
+    const size_t group_size = a.group_size, groups = (inputs + group_size - 1) / group_size;
     const size_t token_blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
-    const size_t channel_blocks = (outputs + kStrip - 1) / kStrip;
+    const size_t channel_blocks = (outputs + kChannels - 1) / kChannels;
     parallel_for(threads, token_blocks * channel_blocks, [&](WorkQueue& queue) {
-        const Buffer<float> panel = make_buffer<float>(inputs * kStrip);
-        const Buffer<float> y = make_buffer<float>(std::min(tokens, kTokenBlock) * kStrip);
+        const Buffer<float> scales = make_buffer<float>(groups * kChannels), zeros = make_buffer<float>(groups * kChannels);
+        const Buffer<float> panel = make_buffer<float>(few ? 0 : inputs * kStrip);
+        const Buffer<float> y = make_buffer<float>(std::min(tokens, kTokenBlock) * kChannels);
         for (size_t item; queue.next(item);) {
             const size_t m0 = item / channel_blocks * kTokenBlock, count = std::min(kTokenBlock, tokens - m0);
-            const size_t n0 = item % channel_blocks * kStrip, channels = std::min(kStrip, outputs - n0);
-            if (channels < kStrip) std::fill_n(panel.get(), inputs * kStrip, 0.0f);
+            const size_t n0 = item % channel_blocks * kChannels, channels = std::min(kChannels, outputs - n0);
+            for (size_t g = 0; g < groups; ++g) {
+                const size_t offset = (g * outputs + n0) * size_of(scales_dtype);
+                kernels.to_float(static_cast<const char*>(a.wscales) + offset, scales_dtype, channels,
+                                 &scales[g * kChannels]);
+                kernels.to_float(static_cast<const char*>(a.wzeros) + offset, scales_dtype, channels,
+                                 &zeros[g * kChannels]);
+            }
+            float bias[kChannels] = {};
+            if (a.bias.data)
+                for (size_t n = 0; n < channels; ++n) bias[n] = load_float(a.bias.data, bias_dtype, n0 + n);
+            for (size_t m = 0; m < count; ++m) std::copy_n(bias, kChannels, &y[m * kChannels]);
+
             for (size_t n = 0; n < channels; n += 4) {
-                const size_t offset = (n0 + n) * size_of(scales_dtype);
-                kernels.awq_decode(a.qweight + (n0 + n) / 4 * inputs, static_cast<const char*>(a.wscales) + offset,
-                                   static_cast<const char*>(a.wzeros) + offset, scales_dtype, outputs, inputs,
-                                   a.group_size, panel.get() + n, kStrip);
+                const AwqQuad quad = {a.qweight + (n0 + n) / 4 * inputs, &scales[n], &zeros[n], kChannels, inputs,
+                                      group_size, scales_dtype};
+                if (few) {
+                    kernels.awq_product(quad, &x[m0 * inputs], count, &y[n], kChannels);
+                    continue;
+                }
+                kernels.awq_decode(quad, &panel[n % kStrip], kStrip);
+                // A strip is whole, or the last one: its missing channels only reach columns that are not stored.
+                if (n % kStrip + 4 == kStrip || n + 4 == channels)
+                    kernels.matmul(&x[m0 * inputs], inputs, count, panel.get(), kStrip, inputs, kStrip, true,
+                                   &y[n / kStrip * kStrip], kChannels);
             }
             for (size_t m = 0; m < count; ++m)
-                for (size_t n = 0; n < kStrip; ++n)
-                    y[m * kStrip + n] = a.bias.data && n < channels ? load_float(a.bias.data, bias_dtype, n0 + n) : 0.0f;
-            kernels.matmul(&x[m0 * inputs], inputs, count, panel.get(), kStrip, inputs, kStrip, true, y.get(), kStrip);
-            for (size_t m = 0; m < count; ++m)
-                kernels.from_float(&y[m * kStrip], out_dtype, channels,
+                kernels.from_float(&y[m * kChannels], out_dtype, channels,
                                    static_cast<char*>(a.out) + ((m0 + m) * outputs + n0) * size_of(out_dtype));
         }
     });

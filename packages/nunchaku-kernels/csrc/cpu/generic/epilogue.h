@@ -17,10 +17,15 @@ void dequantize_row(const int32_t* sums, float ascale, const float* row_scales, 
     }
 }
 
+// Limits |x|; NaN stays NaN.
+NK_INLINE vf clamp(vf x, float limit) {
+    x = select(x > limit, splat(limit), x);
+    return select(x < -limit, splat(-limit), x);
+}
+
 // exp(x) to about 2 ulp for |x| <= 87; larger arguments are clamped, NaN stays NaN.
 NK_INLINE vf exponential(vf x) {
-    x = select(x > 87.0f, splat(87.0f), x);
-    x = select(x < -87.0f, splat(-87.0f), x);
+    x = clamp(x, 87.0f);
     const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low bits
     const vf n = shifted - 12582912.0f;
     vf r = multiply_add(n, splat(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
@@ -49,8 +54,8 @@ NK_INLINE vf activate(vf y, Activation activation) {
 
 void finish_row(float* y, size_t channels, Activation activation, RowOperand gate, RowOperand residual, void* out,
                 DType out_dtype) {
-    if (activation == Activation::none && !gate.data && !residual.data)
-        return from_float_array(y, out_dtype, channels, out);
+    const bool plain = activation == Activation::none && !gate.data && !residual.data;
+    if (plain && out_dtype != DType::f16) return from_float_array(y, out_dtype, channels, out);
     alignas(32) float gates[kPanelChannels], residuals[kPanelChannels];
     if (gate.data) to_float_array(gate.data, gate.dtype, channels, gates);
     if (residual.data) to_float_array(residual.data, residual.dtype, channels, residuals);
@@ -58,6 +63,7 @@ void finish_row(float* y, size_t channels, Activation activation, RowOperand gat
         vf value = activate(load<vf>(y + n), activation);
         if (gate.data) value *= load<vf>(gates + n);
         if (residual.data) value += load<vf>(residuals + n);
+        if (out_dtype == DType::f16) value = clamp(value, 65504.0f);  // as the published kernels store fp16
         store(y + n, value);
     }
     from_float_array(y, out_dtype, channels, out);

@@ -33,12 +33,12 @@ float quantize_token(const float* x, size_t channels, float shift, const float* 
         if (magnitude > maximum_bits) maximum_bits = magnitude;
     }
 
-    if (maximum_bits >= kInfinityBits || maximum_bits == 0) {
-        memset(codes, 0, channels);
-        return maximum_bits ? float_from_bits(0x7fc00000u) : 1.0f;
-    }
     const float maximum = float_from_bits(maximum_bits);
     const float scale = 127.0f / maximum;
+    if (maximum_bits >= kInfinityBits || bits_from_float(scale) == kInfinityBits) {
+        memset(codes, 0, channels);  // non-finite, or nothing: zeros and maxima below 2^-121
+        return maximum_bits >= kInfinityBits ? float_from_bits(0x7fc00000u) : 1.0f;
+    }
     for (size_t k = 0; k < whole; k += kLanes) {
         const vf rounded = load<vf>(t + k) * scale + kRounder;
         store(codes + k, __builtin_convertvector(reinterpret_cast<vi>(rounded), vb));

@@ -64,21 +64,34 @@ NK_INLINE vf load_floats(const F16* src) {
 #endif
 }
 
-NK_INLINE void store_floats(float* dst, vf value) { store(dst, value); }
-NK_INLINE void store_floats(BF16* dst, vf value) {
+// Nearest 16-bit value, half to even, in the low (f16: packed) bits.
+NK_INLINE vu bf16_bits(vf value) {
     const vu bits = reinterpret_cast<vu>(value);
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vu quiet = (bits >> 16) | 0x40;
     const vu is_nan = reinterpret_cast<vu>(value != value);
-    store(dst, __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), vh));
+    return (is_nan & quiet) | (~is_nan & rounded);
 }
-NK_INLINE void store_floats(F16* dst, vf value) {
+NK_INLINE vh f16_bits(vf value) {
 #if defined(__F16C__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst),
-                     _mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+    return reinterpret_cast<vh>(_mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
 #else
-    for (size_t i = 0; i < kLanes; ++i) dst[i].bits = f16_from_float(value[i]);
+    vh bits;
+    for (size_t i = 0; i < kLanes; ++i) bits[i] = f16_from_float(value[i]);
+    return bits;
 #endif
+}
+
+NK_INLINE void store_floats(float* dst, vf value) { store(dst, value); }
+NK_INLINE void store_floats(BF16* dst, vf value) { store(dst, __builtin_convertvector(bf16_bits(value), vh)); }
+NK_INLINE void store_floats(F16* dst, vf value) { store(dst, f16_bits(value)); }
+
+// The values a store in that type would leave, still as fp32.
+NK_INLINE vf round_to(float, vf value) { return value; }
+NK_INLINE vf round_to(BF16, vf value) { return reinterpret_cast<vf>(bf16_bits(value) << 16); }
+NK_INLINE vf round_to(F16, vf value) {
+    const vh bits = f16_bits(value);
+    return load_floats(reinterpret_cast<const F16*>(&bits));
 }
 
 template <class T>
@@ -101,16 +114,23 @@ NK_INLINE void copy_from_float(const float* src, size_t count, T* dst) {
     }
 }
 
+// Calls function(T{}) with the C++ type of a dtype.
+template <class Function>
+NK_INLINE void with_element_type(DType dtype, const Function& function) {
+    if (dtype == DType::f32)
+        function(float{});
+    else if (dtype == DType::f16)
+        function(F16{});
+    else
+        function(BF16{});
+}
+
 void to_float_array(const void* src, DType dtype, size_t count, float* dst) {
-    if (dtype == DType::f32) return copy_to_float(static_cast<const float*>(src), count, dst);
-    if (dtype == DType::f16) return copy_to_float(static_cast<const F16*>(src), count, dst);
-    copy_to_float(static_cast<const BF16*>(src), count, dst);
+    with_element_type(dtype, [&](auto type) { copy_to_float(static_cast<const decltype(type)*>(src), count, dst); });
 }
 
 void from_float_array(const float* src, DType dtype, size_t count, void* dst) {
-    if (dtype == DType::f32) return copy_from_float(src, count, static_cast<float*>(dst));
-    if (dtype == DType::f16) return copy_from_float(src, count, static_cast<F16*>(dst));
-    copy_from_float(src, count, static_cast<BF16*>(dst));
+    with_element_type(dtype, [&](auto type) { copy_from_float(src, count, static_cast<decltype(type)*>(dst)); });
 }
 
 }  // namespace
