@@ -45,7 +45,7 @@ def pack_qweight(codes: torch.Tensor) -> torch.Tensor:
     require_multiple("codes", "N", n, CHANNEL_ALIGNMENT)
     require_multiple("codes", "K", k, 64)
     require_int_range("codes", codes, -8, 15)
-    pairs = codes.reshape(n, k // 2, 2)
+    pairs = codes.contiguous().view(n, k // 2, 2)
     # Eight codes that are neighbours along K make one 32-bit word; from here on only words move.
     words = ((pairs[..., 0] & 0xF) | (pairs[..., 1] << 4)).view(torch.int32)
     # N = 128-block, 16-row, half, row; K = 64-block, half, quarter

@@ -32,7 +32,10 @@ def encode_e4m3_ties_up(values: torch.Tensor) -> torch.Tensor:
     # Adding half a step to the bit pattern carries into the exponent by itself; what is left below is cut off.
     bits = values.contiguous().view(torch.int32) + (1 << (_DROPPED_BITS - 1))
     normal = ((bits >> _DROPPED_BITS) << _DROPPED_BITS).view(torch.float32)
-    subnormal = torch.floor(values / _E4M3_SUBNORMAL_STEP + 0.5) * _E4M3_SUBNORMAL_STEP
+    # Not floor(steps + 1/2): for the float below 1/2 that sum rounds to 1.
+    steps = values / _E4M3_SUBNORMAL_STEP
+    whole = steps.floor()
+    subnormal = (whole + (steps - whole >= 0.5)) * _E4M3_SUBNORMAL_STEP
     rounded = torch.where(values < _E4M3_SMALLEST_NORMAL, subnormal, normal).clamp(max=E4M3_MAX)
     return torch.where(values.isnan(), values, rounded).to(torch.float8_e4m3fn)
 

@@ -68,9 +68,9 @@ def quantize_svdq(
     quantized: _Residual | None = None
     for _ in range(num_iters if rank else 1):
         missed = target if quantized is None else quantized.subtracted_from(target)
-        up, down = truncated_svd(missed, rank, generator=generator)
+        up, down = truncated_svd(missed[:, :columns], rank, generator=generator)
         del missed
-        proj_up, proj_down = up.to(dtype), (down / divisor).to(dtype)
+        proj_up, proj_down = up.to(dtype), (pad(down, (0, padding)) / divisor).to(dtype)
         residual = torch.addmm(target, proj_up.float(), proj_down.float() * divisor, alpha=-1)
         quantized = _quantize_residual(residual, precision, members, dtype, scale_search)
         del residual
@@ -80,6 +80,9 @@ def quantize_svdq(
     if shift:
         constant = shift * quantized.row_sums(divisor)
         stored_bias = -constant if stored_bias is None else stored_bias - constant
+    if stored_bias is not None:
+        stored_bias = stored_bias.to(dtype)
+    _require_fit(dtype, proj_up=proj_up, proj_down=proj_down, bias=stored_bias)
     return SVDQWeights(
         precision=precision,
         codes=quantized.codes,
@@ -88,7 +91,7 @@ def quantize_svdq(
         smooth_orig=stored_smooth,
         proj_down=proj_down,
         proj_up=proj_up,
-        bias=None if stored_bias is None else stored_bias.to(dtype),
+        bias=stored_bias,
         wtscale=quantized.wtscale,
         wcscales=quantized.wcscales,
     )
@@ -165,6 +168,12 @@ def _check_arguments(
         raise TypeError(f"dtype: expected float16 or bfloat16, got {dtype}")
     if num_iters < 1:
         raise ValueError(f"num_iters: expected at least 1, got {num_iters}")
+
+
+def _require_fit(dtype: torch.dtype, **stored: torch.Tensor | None) -> None:
+    for name, value in stored.items():
+        if value is not None and not value.isfinite().all():
+            raise ValueError(f"weight: expected values whose {name} fits {dtype}, got overflow")
 
 
 def _members(segments: Sequence[int] | None, rows: int) -> list[int]:
