@@ -40,8 +40,8 @@ void quantize(Address x, int x_dtype, int64_t tokens, int64_t channels, int64_t 
                   threads, isa);
 }
 
-void accumulate(Address codes, Address qweight, Address multipliers, int64_t tokens, int64_t padded_n,
-                int64_t padded_k, Address out, int64_t threads, const std::string& isa) {
+void accumulate(Address codes, Address qweight, Address multipliers, int64_t tokens, int64_t padded_n, int64_t padded_k,
+                Address out, int64_t threads, const std::string& isa) {
     w4a8_accumulate({at<const int8_t>(codes), at<const uint8_t>(qweight), at<const int16_t>(multipliers), tokens,
                      padded_n, padded_k},
                     at<int32_t>(out), threads, isa);
@@ -52,8 +52,8 @@ void linear(Address codes, Address ascales, Address lora_act, int64_t rank, Addr
             int wcscales_dtype, Address bias, int bias_dtype, int64_t tokens, int64_t padded_n, int64_t padded_k,
             int64_t out_features, int activation, Address gate, int gate_dtype, int64_t gate_rows, Address residual,
             int residual_dtype, Address out, int out_dtype, int64_t threads, const std::string& isa) {
-    w4a8_linear({{at<const int8_t>(codes), at<const uint8_t>(qweight), at<const int16_t>(multipliers), tokens,
-                  padded_n, padded_k},
+    w4a8_linear({{at<const int8_t>(codes), at<const uint8_t>(qweight), at<const int16_t>(multipliers), tokens, padded_n,
+                  padded_k},
                  at<const float>(ascales),
                  at<const float>(row_scales),
                  at<const float>(lora_act),

@@ -1,7 +1,7 @@
 // The AVX2 table (with FMA and F16C).
 #include "avx2/accumulate_panel.h"
-#include "avx2/awq_lookup.h"
 #include "avx2/awq.h"
+#include "avx2/awq_lookup.h"
 #include "avx2/decode_panel.h"
 #include "avx2/lowrank_tile.h"
 #include "generic/epilogue.h"
@@ -12,8 +12,8 @@ namespace nk::cpu {
 
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {
-    "avx2", to_float_array, from_float_array, matmul, lowrank_tile, quantize_token, decode_panel, accumulate_panel,
-    dequantize_row, finish_row, awq_decode, awq_product,
+    "avx2",       to_float_array,   from_float_array, matmul,     lowrank_tile, quantize_token,
+    decode_panel, accumulate_panel, dequantize_row,   finish_row, awq_decode,   awq_product,
 };
 
 }  // namespace nk::cpu

@@ -1,9 +1,9 @@
 // The AVX-512 VNNI table: its own integer product, the rest as for AVX2.
-#include "avx512vnni/accumulate_panel.h"
-#include "avx512vnni/awq_lookup.h"
 #include "avx2/awq.h"
 #include "avx2/decode_panel.h"
 #include "avx2/lowrank_tile.h"
+#include "avx512vnni/accumulate_panel.h"
+#include "avx512vnni/awq_lookup.h"
 #include "generic/epilogue.h"
 #include "generic/matmul.h"
 #include "generic/quantize_token.h"
@@ -12,8 +12,8 @@ namespace nk::cpu {
 
 extern const Kernels avx512vnni_kernels;
 const Kernels avx512vnni_kernels = {
-    "avx512vnni", to_float_array, from_float_array, matmul, lowrank_tile, quantize_token, decode_panel, accumulate_panel,
-    dequantize_row, finish_row, awq_decode, awq_product,
+    "avx512vnni", to_float_array,   from_float_array, matmul,     lowrank_tile, quantize_token,
+    decode_panel, accumulate_panel, dequantize_row,   finish_row, awq_decode,   awq_product,
 };
 
 }  // namespace nk::cpu

@@ -9,8 +9,8 @@
 
 namespace nk::cpu {
 
-// A W4A8 weight panel: int8 [channels / 16][inputs / 4][16][4]. Four consecutive inputs of one channel sit in one 32-bit
-// word, which is the operand order of maddubs, vpdpbusd and of an AMX tile alike.
+// A W4A8 weight panel: int8 [channels / 16][inputs / 4][16][4]. Four consecutive inputs of one channel sit in one
+// 32-bit word, the operand order of vpmaddubsw, vpdpbusd and AMX tiles alike.
 constexpr size_t kPanelChannels = 128;
 constexpr size_t kPanelInputs = 2048;
 
@@ -22,8 +22,8 @@ struct RowOperand {
     DType dtype;
 };
 
-// Four neighbouring output channels in AWQ order. Scales and zeros are fp32 copies, [groups][scale_stride] from the first
-// channel on; the weights they give are rounded to `dtype`.
+// Four neighbouring output channels in AWQ order. Scales and zeros are fp32 copies, [groups][scale_stride] from the
+// first channel on; the weights they give are rounded to `dtype`.
 struct AwqQuad {
     const uint16_t* words;
     const float *scales, *zeros;
@@ -50,7 +50,7 @@ struct Kernels {
     float (*quantize_token)(const float* x, size_t channels, float shift, const float* reciprocal, float* t,
                             int8_t* codes);
 
-    // Channels [n0, n0 + channels) x inputs [k0, k0 + inputs) of a published weight into a panel. Multiples of 16 and 64.
+    // Channels [n0, n0 + channels) x inputs [k0, k0 + inputs) of a published weight into a panel; multiples of 16, 64.
     void (*decode_panel)(const uint8_t* qweight, const int16_t* multipliers, size_t padded_k, size_t n0,
                          size_t channels, size_t k0, size_t inputs, int8_t* panel);
 
@@ -69,8 +69,8 @@ struct Kernels {
     // Weights of a quad as fp32: dst[input * ld + channel], channel 0..3.
     void (*awq_decode)(const AwqQuad& quad, float* dst, size_t ld);
 
-    // y[token * ldy + channel] += x[token, :] . weights of the quad's channel; x rows are contiguous. For few tokens, where
-    // decoding dominates; null where awq_decode and matmul are as good.
+    // y[token * ldy + channel] += x[token, :] . weights of the quad's channel; x rows are contiguous. For few tokens,
+    // where decoding dominates; null where awq_decode and matmul are as good.
     void (*awq_product)(const AwqQuad& quad, const float* x, size_t tokens, float* y, size_t ldy);
 };
 

@@ -54,7 +54,8 @@ void w4a16_linear(const AwqArguments& a, int64_t threads, const std::string& isa
     const size_t token_blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
     const size_t channel_blocks = (outputs + kChannels - 1) / kChannels;
     parallel_for(threads, token_blocks * channel_blocks, [&](WorkQueue& queue) {
-        const Buffer<float> scales = make_buffer<float>(groups * kChannels), zeros = make_buffer<float>(groups * kChannels);
+        const Buffer<float> scales = make_buffer<float>(groups * kChannels),
+                            zeros = make_buffer<float>(groups * kChannels);
         const Buffer<float> panel = make_buffer<float>(few ? 0 : inputs * kStrip);
         const Buffer<float> y = make_buffer<float>(std::min(tokens, kTokenBlock) * kChannels);
         for (size_t item; queue.next(item);) {
@@ -73,8 +74,13 @@ void w4a16_linear(const AwqArguments& a, int64_t threads, const std::string& isa
             for (size_t m = 0; m < count; ++m) std::copy_n(bias, kChannels, &y[m * kChannels]);
 
             for (size_t n = 0; n < channels; n += 4) {
-                const AwqQuad quad = {a.qweight + (n0 + n) / 4 * inputs, &scales[n], &zeros[n], kChannels, inputs,
-                                      group_size, scales_dtype};
+                const AwqQuad quad = {a.qweight + (n0 + n) / 4 * inputs,
+                                      &scales[n],
+                                      &zeros[n],
+                                      kChannels,
+                                      inputs,
+                                      group_size,
+                                      scales_dtype};
                 if (few) {
                     kernels.awq_product(quad, &x[m0 * inputs], count, &y[n], kChannels);
                     continue;

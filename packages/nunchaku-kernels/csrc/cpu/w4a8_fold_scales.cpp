@@ -47,8 +47,7 @@ void w4a8_fold_scales(const uint8_t* qweight, FloatTensor wscales, int64_t padde
                 largest_codes(qweight + qweight_strip_offset(n0, g * kGroup, padded_k), &largest[g * kStrip]);
             for (size_t n = n0; n < n0 + kStrip; ++n) {
                 const auto scale = [&](size_t g) {
-                    return static_cast<double>(
-                        load_float(wscales.data, dtype, group_scale_position(n, g, groups)));
+                    return static_cast<double>(load_float(wscales.data, dtype, group_scale_position(n, g, groups)));
                 };
                 double row_maximum = 0;
                 for (size_t g = 0; g < groups; ++g) {

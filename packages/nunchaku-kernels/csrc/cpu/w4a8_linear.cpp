@@ -143,8 +143,8 @@ private:
               const float* wcscales, const float* bias) {
         alignas(64) float y[kRows * kPanelChannels];
         for (size_t i = 0; i < tokens; ++i)
-            kernels_.dequantize_row(sums + i * channels, a_.ascales[m0 + i], a_.row_scales + n0, wcscales, bias, channels,
-                                    y + i * channels);
+            kernels_.dequantize_row(sums + i * channels, a_.ascales[m0 + i], a_.row_scales + n0, wcscales, bias,
+                                    channels, y + i * channels);
         if (rank_)
             kernels_.matmul(ranked(m0, tokens), rank_, tokens, up_.get(), channels, rank_, channels, true, y, channels);
         const size_t out_features = a_.out_features;

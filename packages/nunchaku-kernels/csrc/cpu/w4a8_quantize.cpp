@@ -59,10 +59,12 @@ void w4a8_quantize(const QuantizeArguments& a, int64_t threads, const std::strin
             const size_t begin = block * kTokenBlock, count = std::min(kTokenBlock, tokens - begin);
             for (size_t i = 0; i < count; ++i) {
                 const size_t m = begin + i;
-                const char* row = static_cast<const char*>(a.x.data) + a.stride * static_cast<int64_t>(m * size_of(x_dtype));
+                const char* row =
+                    static_cast<const char*>(a.x.data) + a.stride * static_cast<int64_t>(m * size_of(x_dtype));
                 kernels.to_float(row, x_dtype, channels, &x[i * channels]);
                 int8_t* codes = a.codes + m * padded_k;
-                a.ascales[m] = kernels.quantize_token(&x[i * channels], channels, a.shift, reciprocal.get(), t.get(), codes);
+                a.ascales[m] =
+                    kernels.quantize_token(&x[i * channels], channels, a.shift, reciprocal.get(), t.get(), codes);
                 std::fill(codes + channels, codes + padded_k, int8_t{0});
             }
             if (rank)

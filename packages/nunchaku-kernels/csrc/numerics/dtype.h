@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+// Internal linkage: several translation units compile these headers with different instruction sets, and the linker
+// must not keep one of the copies for all.
 #if defined(__CUDACC__)
-#define NK_HOST_DEVICE __host__ __device__
+#define NK_FUNCTION __host__ __device__ static inline
 #else
-#define NK_HOST_DEVICE
+#define NK_FUNCTION static inline
 #endif
 
 namespace nk {
@@ -16,30 +18,30 @@ namespace nk {
 // The numbers are the dtype codes of the Python side (nunchaku_kernels._C).
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-inline bool is_dtype(int code) { return code >= 0 && code <= 2; }
-inline size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+NK_FUNCTION bool is_dtype(int code) { return code >= 0 && code <= 2; }
+NK_FUNCTION size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-NK_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
+NK_FUNCTION float float_from_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-NK_HOST_DEVICE inline uint32_t bits_from_float(float value) {
+NK_FUNCTION uint32_t bits_from_float(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-NK_HOST_DEVICE inline float bf16_to_float(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
+NK_FUNCTION float bf16_to_float(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
 
-NK_HOST_DEVICE inline uint16_t bf16_from_float(float value) {
+NK_FUNCTION uint16_t bf16_from_float(float value) {
     const uint32_t bits = bits_from_float(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);  // keep NaN a NaN
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-NK_HOST_DEVICE inline float f16_to_float(uint16_t bits) {
+NK_FUNCTION float f16_to_float(uint16_t bits) {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
     const uint32_t magnitude = bits & 0x7fffu;
     if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -48,7 +50,7 @@ NK_HOST_DEVICE inline float f16_to_float(uint16_t bits) {
     return sign ? -subnormal : subnormal;
 }
 
-NK_HOST_DEVICE inline uint16_t f16_from_float(float value) {
+NK_FUNCTION uint16_t f16_from_float(float value) {
     const uint32_t bits = bits_from_float(value);
     const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
     const uint32_t magnitude = bits & 0x7fffffffu;
@@ -62,7 +64,7 @@ NK_HOST_DEVICE inline uint16_t f16_from_float(float value) {
     return static_cast<uint16_t>(sign | ((rebased + 0xfffu + (rebased >> 13 & 1)) >> 13));
 }
 
-inline float load_float(const void* data, DType dtype, size_t index) {
+NK_FUNCTION float load_float(const void* data, DType dtype, size_t index) {
     if (dtype == DType::f32) return static_cast<const float*>(data)[index];
     const uint16_t bits = static_cast<const uint16_t*>(data)[index];
     return dtype == DType::f16 ? f16_to_float(bits) : bf16_to_float(bits);
@@ -76,8 +78,8 @@ struct BF16 {
     uint16_t bits;
 };
 
-NK_HOST_DEVICE inline float to_float(float value) { return value; }
-NK_HOST_DEVICE inline float to_float(F16 value) { return f16_to_float(value.bits); }
-NK_HOST_DEVICE inline float to_float(BF16 value) { return bf16_to_float(value.bits); }
+NK_FUNCTION float to_float(float value) { return value; }
+NK_FUNCTION float to_float(F16 value) { return f16_to_float(value.bits); }
+NK_FUNCTION float to_float(BF16 value) { return bf16_to_float(value.bits); }
 
 }  // namespace nk

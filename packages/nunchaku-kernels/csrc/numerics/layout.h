@@ -8,39 +8,39 @@
 
 namespace nk {
 
-constexpr size_t kGroup = 64;         // input channels that share one int4 weight scale
+constexpr size_t kGroup = 64;          // input channels that share one int4 weight scale
 constexpr size_t kChannelBlock = 128;  // output channels of one weight tile
 constexpr size_t kStrip = 16;          // output channels of one sub-tile
 constexpr size_t kStripBytes = kStrip * kGroup / 2;
 
 // Section 1. Byte offset of the (16 channels x 64 inputs) sub-tile that holds weight (n, k).
-NK_HOST_DEVICE inline size_t qweight_strip_offset(size_t n, size_t k, size_t padded_k) {
+NK_FUNCTION size_t qweight_strip_offset(size_t n, size_t k, size_t padded_k) {
     const size_t tile = n / kChannelBlock * (padded_k / kGroup) + k / kGroup;
     return (tile * 8 + n % kChannelBlock / kStrip) * kStripBytes;
 }
 
 // Section 1. Nibble index of element (n % 16, k % 64) inside its sub-tile; even nibbles are the low half of a byte.
-NK_HOST_DEVICE inline size_t qweight_strip_nibble(size_t n, size_t k) {
+NK_FUNCTION size_t qweight_strip_nibble(size_t n, size_t k) {
     return ((n % 8 * 4 + k % 32 / 8) * 4 + n % 16 / 8 * 2 + k % 64 / 32) * 8 + k % 8;
 }
 
 // Section 2. Position of group scale (n, g) in `wscales`; a vector is the same with one group.
-NK_HOST_DEVICE inline size_t group_scale_position(size_t n, size_t g, size_t groups) {
+NK_FUNCTION size_t group_scale_position(size_t n, size_t g, size_t groups) {
     return (n / 128 * groups + g) * 128 + n % 128 / 16 * 16 + n % 8 / 2 * 4 + n % 16 / 8 * 2 + n % 2;
 }
 
-NK_HOST_DEVICE inline size_t vector_position(size_t n) { return group_scale_position(n, 0, 1); }
+NK_FUNCTION size_t vector_position(size_t n) { return group_scale_position(n, 0, 1); }
 
 // Section 4. Position of element (row, column) inside a 16 x 16 tile of a low-rank factor. Row is the rank index and
 // column the channel for `proj_down`; row is the channel and column the rank index for `proj_up`.
-NK_HOST_DEVICE inline size_t lowrank_tile_position(size_t row, size_t column) {
+NK_FUNCTION size_t lowrank_tile_position(size_t row, size_t column) {
     return row % 8 * 32 + column % 8 / 2 * 8 + row / 8 * 4 + column / 8 * 2 + column % 2;
 }
 
 // Section 6. Index of the 16-bit word of 4-bit weight (n, k) in the AWQ order, and the nibble inside that word.
-NK_HOST_DEVICE inline size_t awq_word(size_t n, size_t k, size_t in_features) {
+NK_FUNCTION size_t awq_word(size_t n, size_t k, size_t in_features) {
     return (n / 4 * (in_features / 64) + k / 64) * 64 + n % 4 * 16 + k % 64 / 32 * 8 + k % 8;
 }
-NK_HOST_DEVICE inline size_t awq_nibble(size_t k) { return k % 32 / 8; }
+NK_FUNCTION size_t awq_nibble(size_t k) { return k % 32 / 8; }
 
 }  // namespace nk

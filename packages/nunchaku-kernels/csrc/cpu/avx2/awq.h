@@ -1,5 +1,4 @@
-// AWQ-ordered 4-bit weights times tokens, and decoded into panels. The including translation unit chooses the lookup
-// (awq_lookup.h) of its instruction set.
+// AWQ-ordered 4-bit weights times tokens, and decoded into panels.
 #pragma once
 
 #include "../../numerics/layout.h"
@@ -9,6 +8,9 @@
 namespace nk::cpu {
 namespace {
 
+// Weights of one channel for 64 inputs, in order; awq_lookup.h of each instruction set defines it.
+NK_INLINE void lookup(const uint16_t* words, const ValueTable& table, vf weights[8]);
+
 // Four channels x eight inputs to dst[input * ld + channel].
 NK_INLINE void store_transposed(const vf rows[4], float* dst, size_t ld) {
     const __m256 a = reinterpret_cast<__m256>(rows[0]), b = reinterpret_cast<__m256>(rows[1]);
@@ -16,7 +18,9 @@ NK_INLINE void store_transposed(const vf rows[4], float* dst, size_t ld) {
     const __m256 ab[2] = {_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)};
     const __m256 cd[2] = {_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)};
     for (size_t i = 0; i < 4; ++i) {  // inputs i and i + 4
-        const __m256 pair = i % 2 ? _mm256_shuffle_ps(ab[i / 2], cd[i / 2], 0xee) : _mm256_shuffle_ps(ab[i / 2], cd[i / 2], 0x44);
+        const __m256 even = _mm256_shuffle_ps(ab[i / 2], cd[i / 2], 0x44),
+                     odd = _mm256_shuffle_ps(ab[i / 2], cd[i / 2], 0xee);
+        const __m256 pair = i % 2 ? odd : even;
         _mm_storeu_ps(dst + i * ld, _mm256_castps256_ps128(pair));
         _mm_storeu_ps(dst + (i + 4) * ld, _mm256_extractf128_ps(pair, 1));
     }
@@ -47,6 +51,8 @@ NK_INLINE void product_tokens(const AwqQuad& quad, const float* x, float* y, siz
             const ValueTable table = value_table<T>(quad, n, group);
             const size_t end = k + quad.group_size < quad.inputs ? k + quad.group_size : quad.inputs;
             for (; k < end; k += kGroup) {
+                // A channel reads a quarter of each 128-byte block: prefetch its share of the next quad.
+                _mm_prefetch(reinterpret_cast<const char*>(quad.words + quad.inputs + k + n * 16), _MM_HINT_T0);
                 vf weights[8];
                 lookup(quad.words + k + n * 16, table, weights);
                 for (size_t m = 0; m < kCount; ++m)

@@ -26,12 +26,16 @@ NK_INLINE void decode_channel(__m256i packed, __m256i values, __m256i& first, __
     second = _mm256_unpackhi_epi8(even, odd);
 }
 
+// While a panel is multiplied, memory would idle: ask for the weights of the next small panel (128 x 128 codes).
+constexpr size_t kPrefetchBytes = kChannelBlock * 128 / 2;
+
 // One 16-channel x 64-input sub-tile (512 bytes) to its 1024 bytes of the panel.
 NK_INLINE void decode_strip(const uint8_t* strip, const int16_t* multipliers, size_t groups, int8_t* panel) {
     // Word j of a transposed row holds the inputs 4 * kWord[half][j] ... + 3 of eight channels.
     constexpr size_t kWord[2][8] = {{0, 1, 8, 9, 2, 3, 10, 11}, {4, 5, 12, 13, 6, 7, 14, 15}};
     __m256i words[2][2][8];  // [channels 0-7, 8-15][first, second half][channel]
     for (size_t c = 0; c < 8; ++c) {
+        _mm_prefetch(reinterpret_cast<const char*>(strip + c * 64 + kPrefetchBytes), _MM_HINT_T0);
         const __m256i a = load<__m256i>(strip + c * 64), b = load<__m256i>(strip + c * 64 + 32);
         decode_channel(_mm256_unpacklo_epi64(a, b), decoded_values(multipliers[c * groups]), words[0][0][c],
                        words[0][1][c]);
@@ -41,8 +45,7 @@ NK_INLINE void decode_strip(const uint8_t* strip, const int16_t* multipliers, si
     for (size_t channels = 0; channels < 2; ++channels)
         for (size_t half = 0; half < 2; ++half) {
             transpose_8x8(words[channels][half]);
-            for (size_t j = 0; j < 8; ++j)
-                store(panel + kWord[half][j] * 64 + channels * 32, words[channels][half][j]);
+            for (size_t j = 0; j < 8; ++j) store(panel + kWord[half][j] * 64 + channels * 32, words[channels][half][j]);
         }
 }
 

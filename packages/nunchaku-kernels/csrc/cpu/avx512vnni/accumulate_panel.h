@@ -13,7 +13,8 @@ namespace {
 
 NK_INLINE int32_t code_sum(const int8_t* codes, size_t inputs) {
     __m512i sum = _mm512_setzero_si512();
-    for (size_t k = 0; k < inputs; k += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), load<__m512i>(codes + k));
+    for (size_t k = 0; k < inputs; k += 64)
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), load<__m512i>(codes + k));
     return _mm512_reduce_add_epi32(sum);
 }
 
@@ -49,9 +50,11 @@ NK_INLINE void accumulate_tokens(const int8_t* codes, size_t stride, const int8_
     for (size_t m = 0; m < kCount; ++m) offsets[m] = -128 * code_sum(codes + m * stride, inputs);
     size_t n = 0;
     for (; n + 4 * kStrip <= channels; n += 4 * kStrip)
-        accumulate_strips<kCount, 4>(codes, stride, offsets, panel + n * inputs, inputs, accumulate, sums + n, channels);
+        accumulate_strips<kCount, 4>(codes, stride, offsets, panel + n * inputs, inputs, accumulate, sums + n,
+                                     channels);
     for (; n < channels; n += kStrip)
-        accumulate_strips<kCount, 1>(codes, stride, offsets, panel + n * inputs, inputs, accumulate, sums + n, channels);
+        accumulate_strips<kCount, 1>(codes, stride, offsets, panel + n * inputs, inputs, accumulate, sums + n,
+                                     channels);
 }
 
 void accumulate_panel(const int8_t* codes, size_t stride, size_t tokens, const int8_t* panel, size_t channels,

@@ -8,7 +8,7 @@
 namespace nk::cpu {
 namespace {
 
-// Weights of one channel for 64 inputs, in order. A 16-bit word holds inputs j, j + 8, j + 16, j + 24.
+// A 16-bit word holds inputs j, j + 8, j + 16, j + 24.
 NK_INLINE void lookup(const uint16_t* words, const ValueTable& table, vf weights[8]) {
     const __m512 values = _mm512_insertf32x8(_mm512_castps256_ps512(reinterpret_cast<__m256>(table.low)),
                                              reinterpret_cast<__m256>(table.high), 1);

@@ -1,4 +1,5 @@
-// The sixteen possible values of a 4-bit weight of one (channel, group): round(code * scale + zero) in the scales' dtype.
+// The sixteen possible values of a 4-bit weight in one (channel, group): code * scale + zero, rounded to the scales'
+// dtype.
 #pragma once
 
 #include "../kernels.h"

@@ -43,8 +43,7 @@ float quantize_token(const float* x, size_t channels, float shift, const float* 
         const vf rounded = load<vf>(t + k) * scale + kRounder;
         store(codes + k, __builtin_convertvector(reinterpret_cast<vi>(rounded), vb));
     }
-    for (size_t k = whole; k < channels; ++k)
-        codes[k] = static_cast<int8_t>(bits_from_float(t[k] * scale + kRounder));
+    for (size_t k = whole; k < channels; ++k) codes[k] = static_cast<int8_t>(bits_from_float(t[k] * scale + kRounder));
     return maximum / 127.0f;
 }
 

@@ -39,12 +39,15 @@ NK_INLINE void store(void* dst, V value) {
     memcpy(dst, &value, sizeof value);
 }
 
-NK_INLINE vf select(vi mask, vf yes, vf no) { return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(yes)) | (~mask & reinterpret_cast<vi>(no))); }
+NK_INLINE vf select(vi mask, vf yes, vf no) {
+    return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(yes)) | (~mask & reinterpret_cast<vi>(no)));
+}
 
 // a * b + c; fused where the processor can, which only the fp32 tail of a product may use.
 NK_INLINE vf multiply_add(vf a, vf b, vf c) {
 #if defined(__FMA__)
-    return reinterpret_cast<vf>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+    return reinterpret_cast<vf>(
+        _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
     return a * b + c;
 #endif
@@ -86,9 +89,13 @@ NK_INLINE void store_floats(float* dst, vf value) { store(dst, value); }
 NK_INLINE void store_floats(BF16* dst, vf value) { store(dst, __builtin_convertvector(bf16_bits(value), vh)); }
 NK_INLINE void store_floats(F16* dst, vf value) { store(dst, f16_bits(value)); }
 
-// The values a store in that type would leave, still as fp32.
+// The values a store in that type would leave, still as fp32. For bf16, NaN must be one that arithmetic makes of bf16
+// values: its low bits are 0.
 NK_INLINE vf round_to(float, vf value) { return value; }
-NK_INLINE vf round_to(BF16, vf value) { return reinterpret_cast<vf>(bf16_bits(value) << 16); }
+NK_INLINE vf round_to(BF16, vf value) {
+    const vu bits = reinterpret_cast<vu>(value);
+    return reinterpret_cast<vf>((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
 NK_INLINE vf round_to(F16, vf value) {
     const vh bits = f16_bits(value);
     return load_floats(reinterpret_cast<const F16*>(&bits));
