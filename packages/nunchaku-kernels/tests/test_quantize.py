@@ -278,6 +278,19 @@ def test_shift_does_not_change_the_layer(with_bias: bool) -> None:
     assert (rest.abs() <= shifted.bias.double().abs() * 2**-8).all()
 
 
+def test_strided_weights() -> None:
+    weight = layer_weight(128, 64, 9)
+    quantisers: list[Callable[[Tensor], tuple[Tensor, ...]]] = [
+        quantize_int4,
+        quantize_nvfp4,
+        lambda w: quantize_w4a16(w, 128, symmetric=False),
+        lambda w: (quantize_svdq(w).codes,),
+    ]
+    for quantize in quantisers:
+        for strided, contiguous in zip(quantize(weight.t()), quantize(weight.t().contiguous()), strict=True):
+            torch.testing.assert_close(strided.float(), contiguous.float(), atol=0, rtol=0)
+
+
 def nan_weight() -> Tensor:
     weight = torch.zeros(64, 64)
     weight[3, 5] = math.nan

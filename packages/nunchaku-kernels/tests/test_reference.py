@@ -323,6 +323,14 @@ def test_effective_weight_is_the_unquantised_layer() -> None:
         torch.testing.assert_close(actual.double(), expected, atol=1e-3, rtol=1e-4)
 
 
+def test_strided_tokens() -> None:
+    x = torch.randn(128, 6)
+    for quantize in (w4a8.quantize_tokens, w4a4.quantize_tokens, nvfp4.quantize_tokens):
+        strided, contiguous = quantize(x.t()), quantize(x.t().contiguous())
+        assert torch.equal(strided[0], contiguous[0])
+        assert torch.equal(strided[1].float(), contiguous[1].float())
+
+
 def int4_weights() -> SVDQWeights:
     return random_weights(8, 64, 4, "int4", 0, torch.bfloat16)
 

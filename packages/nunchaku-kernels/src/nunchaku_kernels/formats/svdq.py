@@ -317,7 +317,7 @@ def unpack_svdq(
     require_multiple("in_features", "in_features", k, GROUP_SIZES[precision])
     unpack_scales = unpack_wscales if precision == "int4" else unpack_micro_scales
     smooth = tensors["smooth_factor"]
-    bias, wcscales = tensors.get("bias"), tensors.get("wcscales")
+    bias, wtscale, wcscales = tensors.get("bias"), tensors.get("wtscale"), tensors.get("wcscales")
     return SVDQWeights(
         precision=precision,
         codes=codes[:n, :k],
@@ -327,7 +327,7 @@ def unpack_svdq(
         proj_down=unpack_lowrank_down(tensors["proj_down"])[:, :k],
         proj_up=unpack_lowrank_up(tensors["proj_up"])[:n],
         bias=None if bias is None else unpack_vector(bias)[:n],
-        wtscale=tensors.get("wtscale"),
+        wtscale=None if wtscale is None else wtscale.reshape(-1),
         wcscales=None if wcscales is None else unpack_vector(wcscales)[:n],
     )
 

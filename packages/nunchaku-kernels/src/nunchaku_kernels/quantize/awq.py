@@ -53,7 +53,7 @@ def quantize_w4a16(
         # A constant group is its zero: any scale does, 1 avoids 0 / 0.
         block_scales = torch.where(block_scales == 0, 1.0, block_scales)
         steps = (groups - block_zeros.float().unsqueeze(-1)) / block_scales.float().unsqueeze(-1)
-        codes[rows] = steps.round_().nan_to_num_(nan=0.0).clamp_(0, UINT4_MAX).to(torch.uint8).view(-1, k)
+        codes[rows] = steps.round_().nan_to_num_(nan=0.0).clamp_(0, UINT4_MAX).to(torch.uint8).reshape(-1, k)
         scales[rows], zeros[rows] = block_scales, block_zeros
     require_finite_scales(scales)
     require_finite_scales(zeros)

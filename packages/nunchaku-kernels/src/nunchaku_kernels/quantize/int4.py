@@ -47,7 +47,7 @@ def quantize_int4(
         else:
             block_scales = _scale(absmax, INT4_MAX, scales.dtype)
             block_codes = _round(groups, block_scales)[0].clamp_(min=-INT4_MAX)
-        codes[rows] = block_codes.view(-1, k)
+        codes[rows] = block_codes.reshape(-1, k)
         scales[rows] = block_scales
     require_finite_scales(scales)
     return codes, scales

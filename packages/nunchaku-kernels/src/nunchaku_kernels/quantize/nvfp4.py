@@ -76,7 +76,7 @@ def quantize_nvfp4(
         scales = encode_e4m3_ties_up(_over(block_absmax, E2M1_MAX) / tensor_scale)
         if scale_search:
             scales = _searched(groups, block_absmax, tensor_scale)
-        codes[rows] = encode_ties_up(_exact(groups, scales, tensor_scale)).view(-1, k)
+        codes[rows] = encode_ties_up(_exact(groups, scales, tensor_scale)).reshape(-1, k)
         micro_scales[rows] = scales
     return codes, micro_scales, wtscale.view(1)
 

@@ -44,8 +44,7 @@ def smoothing_from_weights(
     energy = torch.zeros(columns, device=members[0].device)
     for index, weight in enumerate(members):
         require_tensor(f"weights[{index}]", weight, (None, columns), FLOAT_DTYPES)
-        require_finite(f"weights[{index}]", weight)
-        energy += _column_energy(weight)
+        energy += _column_energy(f"weights[{index}]", weight)
     used = energy > 0
     logarithm = torch.where(used, energy, 1.0).log() / 2
     if used.any():
@@ -53,15 +52,19 @@ def smoothing_from_weights(
     return torch.exp(-beta * logarithm).clamp(1 / _LIMIT, _LIMIT).to(dtype)
 
 
-def _column_energy(weight: torch.Tensor) -> torch.Tensor:
+def _column_energy(name: str, weight: torch.Tensor) -> torch.Tensor:
     """Share of every column in the squared norm of the matrix, fp32 [K]; zeros for a zero matrix."""
     energy = torch.zeros(weight.shape[1], device=weight.device)
     if not weight.numel():
         return energy
     # Relative to the largest entry, so that squares neither overflow nor vanish.
-    largest = torch.maximum(weight.amax(), -weight.amin()).float()
+    low, high = torch.aminmax(weight)
+    require_finite(name, torch.stack((low, high)))
+    largest = torch.maximum(high, -low).float()
     unit = torch.where(largest > 0, largest, 1.0)
     for rows in row_blocks(*weight.shape):
-        energy += (weight[rows].float() / unit).square_().sum(dim=0)
+        block = weight[rows].float() / unit
+        # A product with ones sums rows several times faster than a reduction over the first axis.
+        energy += torch.ones_like(block[:, 0]) @ block.square_()
     total = energy.sum()
     return energy / torch.where(total > 0, total, 1.0)

@@ -113,7 +113,7 @@ class _Residual(NamedTuple):
             scales = scales * self.wtscale.float()
         if self.wcscales is not None:
             scales = scales * self.wcscales[rows].float().unsqueeze(1)
-        return (values.view(*scales.shape, -1) * scales.unsqueeze(-1)).view_as(codes)
+        return (values.view(*scales.shape, -1) * scales.unsqueeze(-1)).reshape(codes.shape)
 
     def subtracted_from(self, target: torch.Tensor) -> torch.Tensor:
         """`target` minus the values, a new fp32 [N, K]."""

@@ -66,7 +66,7 @@ def epilogue(
         batches = gate.shape[0]
         if batches == 0 or m % batches:
             raise ValueError(f"gate: expected a number of rows that divides {m}, got {batches}")
-        y = (y.view(batches, m // batches, n) * gate.float().unsqueeze(1)).view(m, n)
+        y = (y.view(batches, m // batches, n) * gate.float().unsqueeze(1)).reshape(m, n)
     if residual is not None:
         y = require_tensor("residual", residual, (m, n), FLOAT_DTYPES).float() + y
     if out_dtype == torch.float16:

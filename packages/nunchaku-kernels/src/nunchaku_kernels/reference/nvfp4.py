@@ -37,7 +37,7 @@ def quantize_tokens(x: torch.Tensor, smooth: torch.Tensor | None = None) -> tupl
     scales = torch.where(largest.isfinite(), scales, torch.nan)
     usable = (scales > 0).unsqueeze(-1)
     codes = torch.where(usable, encode_nearest_even(t * torch.reciprocal(scales).unsqueeze(-1)), 0)
-    return codes.view(m, k), scales.to(torch.float8_e4m3fn)
+    return codes.reshape(m, k), scales.to(torch.float8_e4m3fn)
 
 
 def product(
@@ -65,7 +65,7 @@ def _dequantize(code_name: str, codes: torch.Tensor, scale_name: str, scales: to
     rows, k = codes.shape
     require_multiple(code_name, "K", k, GROUP_SIZE)
     require_tensor(scale_name, scales, (rows, k // GROUP_SIZE), (torch.float8_e4m3fn,))
-    return (decode(codes).view(rows, -1, GROUP_SIZE) * scales.float().abs().unsqueeze(-1)).view(rows, k)
+    return (decode(codes).view(rows, -1, GROUP_SIZE) * scales.float().abs().unsqueeze(-1)).reshape(rows, k)
 
 
 def linear(

@@ -25,7 +25,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -
     require_tensor("zeros", zeros, (n, groups), (scales.dtype,))
     # The product is exact in fp32, so this is the fused multiply-add of the definition.
     weight = codes.view(n, groups, k // groups).float() * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)
-    return weight.to(scales.dtype).view(n, k)
+    return weight.to(scales.dtype).reshape(n, k)
 
 
 def linear(

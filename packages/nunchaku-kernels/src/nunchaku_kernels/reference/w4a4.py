@@ -43,7 +43,7 @@ def quantize_tokens(
     low, high = (0, 15) if unsigned else (-8, 7)
     # 0 * inf in a group of zeros is NaN, and so is inf * 0 in an infinite one: both become code 0.
     codes = torch.round(t * torch.reciprocal(scales).unsqueeze(-1)).nan_to_num(nan=0.0).clamp(low, high)
-    return codes.to(torch.int8).view(m, k), scales.to(x.dtype)
+    return codes.to(torch.int8).reshape(m, k), scales.to(x.dtype)
 
 
 def product(
@@ -72,7 +72,7 @@ def _dequantize(code_name: str, codes: torch.Tensor, scale_name: str, scales: to
     rows, k = codes.shape
     require_multiple(code_name, "K", k, GROUP_SIZE)
     require_tensor(scale_name, scales, (rows, k // GROUP_SIZE), FLOAT_DTYPES)
-    return (codes.view(rows, -1, GROUP_SIZE).float() * scales.float().unsqueeze(-1)).view(rows, k)
+    return (codes.view(rows, -1, GROUP_SIZE).float() * scales.float().unsqueeze(-1)).reshape(rows, k)
 
 
 def linear(

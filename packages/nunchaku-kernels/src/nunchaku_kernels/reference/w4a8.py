@@ -37,13 +37,15 @@ def fold_scales(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor
     require_tensor("scales", scales, (n, groups), FLOAT_DTYPES)
     require_finite("scales", scales)
     largest_code = codes.view(n, groups, GROUP_SIZE).abs().amax(dim=-1)
+    if codes.device.type == "mps":  # Metal has no fp64; one number per group travels instead.
+        largest_code, scales = largest_code.cpu(), scales.cpu()
     scales64 = scales.double()
     largest = (largest_code * scales64.abs()).amax(dim=1)
     # A tensor divisor: dividing by a Python number goes through a rounded reciprocal on some devices.
     row = torch.where(largest == 0, 1.0, largest / torch.full_like(largest, INT8_MAX))
     multipliers = 2 * torch.round(128 * scales64 / row.unsqueeze(1))
     multipliers = torch.where(largest_code == 0, 0.0, multipliers)
-    return row.float(), multipliers.to(torch.int16)
+    return row.float().to(codes.device), multipliers.to(device=codes.device, dtype=torch.int16)
 
 
 def decode_int8(codes: torch.Tensor, group_multipliers: torch.Tensor) -> torch.Tensor:
@@ -61,7 +63,7 @@ def decode_int8(codes: torch.Tensor, group_multipliers: torch.Tensor) -> torch.T
     require_multiple("codes", "K", k, GROUP_SIZE)
     require_tensor("group_multipliers", group_multipliers, (n, k // GROUP_SIZE), (torch.int16,))
     products = codes.view(n, -1, GROUP_SIZE).to(torch.int32) * group_multipliers.to(torch.int32).unsqueeze(-1)
-    return ((products + 129) >> 8).to(torch.int8).view(n, k)
+    return ((products + 129) >> 8).to(torch.int8).reshape(n, k)
 
 
 def quantize_tokens(

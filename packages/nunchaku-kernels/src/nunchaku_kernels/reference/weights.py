@@ -23,7 +23,7 @@ def effective_weight(weights: SVDQWeights) -> torch.Tensor:
 def _grouped(weights: SVDQWeights) -> torch.Tensor:
     values = weights.codes.float() if weights.precision == "int4" else decode(weights.codes)
     grouped = values.view(weights.out_features, -1, weights.group_size)
-    return (grouped * weights.scales.float().unsqueeze(-1)).view_as(values)
+    return (grouped * weights.scales.float().unsqueeze(-1)).reshape(values.shape)
 
 
 def _output_factors(weights: SVDQWeights) -> torch.Tensor:
