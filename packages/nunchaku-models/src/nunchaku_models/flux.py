@@ -53,7 +53,7 @@ class NunchakuFluxTransformer2DModel(FluxTransformer2DModel):
             device: where the weights go.
             arithmetic: "w4a8", "w4a4", "nvfp4" or "w4a16"; default: the best the device has.
             kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`, `variant`;
-                `dtype` for `torch_dtype`; `device_map={"": device}`; and what diffusers' pipelines pass to every component.
+                `dtype` for `torch_dtype`; `device_map={"": device}`; what diffusers passes to every component.
 
         Raises:
             CheckpointError: the file is damaged, not quantised, or not FLUX.1; the message says which and what to do.
@@ -79,24 +79,37 @@ class NunchakuFluxTransformer2DModel(FluxTransformer2DModel):
         is_main_process: bool = True,
         save_function: Callable[..., Any] | None = None,
         safe_serialization: bool = True,
+        variant: str | None = None,
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write the model: a name ending in `.safetensors` becomes one published file, any other a diffusers folder.
 
         The folder holds a `quantization_config`: after `import nunchaku_models`, diffusers' own classes load it too.
 
+        Args:
+            save_directory: file or folder to write.
+            is_main_process: whether this process writes.
+            save_function: not used; here to fit diffusers' signature, as are `kwargs`.
+            safe_serialization: must be True.
+            variant: in a folder, part of the weight file's name.
+            push_to_hub: must be False.
+            kwargs: ignored; weights are never sharded.
+
         Raises:
-            ValueError: `safe_serialization=False`; pickles are not written.
+            ValueError: `safe_serialization=False`, since pickles are not written, or `push_to_hub=True`.
             CheckpointError: the place cannot be written, or is a folder with other files in it.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False: 4-bit models are written as safetensors only")
+        if push_to_hub:
+            raise ValueError("push_to_hub is not supported; save, then upload with `hf upload`")
         if not is_main_process:
             return
         if os.fspath(save_directory).endswith((".safetensors", ".sft")):
             save_file(self, save_directory)
         else:
-            save_folder(self, save_directory)
+            save_folder(self, save_directory, variant=variant)
 
     def set_arithmetic(self, arithmetic: Arithmetic | None) -> None:
         """Choose how 4-bit layers are multiplied, for this model; None for the device's best.

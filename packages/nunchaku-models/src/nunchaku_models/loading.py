@@ -21,6 +21,7 @@ from nunchaku_models.checkpoints import (
     detect_form,
     detect_precision,
     flux_config,
+    is_finite,
     is_quantised,
     open_checkpoint,
     require_family,
@@ -31,7 +32,10 @@ from nunchaku_models.checkpoints.detect import split_prefix
 from nunchaku_models.diffusers_quantizer import SVDQuantConfig, family_of, mark_quantized, placeholder_keys
 from nunchaku_models.families import FAMILIES
 from nunchaku_models.layers import quantized_layers, set_arithmetic, swap_layers
-from nunchaku_models.published import WEIGHTS_NAME, file_metadata, folder_config, plain_config
+from nunchaku_models.published import file_metadata, folder_config, plain_config, weights_name
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the 16-bit tensors may be converted to."""
 
 
 def load_transformer(
@@ -56,7 +60,10 @@ def load_transformer(
     Raises:
         CheckpointError: not a quantised checkpoint of a known family, or tensors that do not fit it.
         ValueError: an arithmetic that the file's precision does not have.
+        TypeError: a dtype that weights cannot be multiplied in.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"torch_dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     with open_checkpoint(path, **hub) as source:
         family = FAMILIES[require_family(list(source), source.where)]
         form = detect_form(source)
@@ -77,7 +84,10 @@ def load_transformer(
         dtype = dtype or _stored_dtype(stored)
         with accelerate.init_empty_weights():
             model: Any = model_class.from_config(config)
-        swap_layers(model, family, config, stored, dtype=dtype)
+        try:
+            swap_layers(model, family, config, stored, dtype=dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{source.where}: {error}") from error
         _fill(model, source, names, dtype, torch.device(device))
         ranks = [layer.rank for layer in quantized_layers(model).values() if isinstance(layer, SVDQLinear)]
     if family.prepare is not None:
@@ -125,8 +135,13 @@ def published_metadata(model: nn.Module) -> dict[str, str]:
     )
 
 
-def save_folder(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_folder(model: nn.Module, path: str | os.PathLike[str], *, variant: str | None = None) -> None:
     """Write a quantised transformer as a diffusers folder (v2 names), atomically.
+
+    Args:
+        model: the transformer.
+        path: folder to create; missing parents are created too.
+        variant: as in diffusers, "fp16" for `diffusion_pytorch_model.fp16.safetensors`.
 
     Raises:
         ValueError: the model has no 4-bit layers or no family.
@@ -139,9 +154,13 @@ def save_folder(model: nn.Module, path: str | os.PathLike[str]) -> None:
     text = folder_config(
         family_of(model).transformer_class, config, layers[0].precision, max(layer.rank for layer in layers)
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(path, ["config.json", WEIGHTS_NAME]) as folder:
-        with StreamingWriter(folder / WEIGHTS_NAME, infos, {"format": "pt"}) as writer:
+    weights = weights_name(variant)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be created: {error.strerror or error}") from error
+    with atomic_folder(path, ["config.json", weights]) as folder:
+        with StreamingWriter(folder / weights, infos, {"format": "pt"}) as writer:
             for info in infos:
                 writer.write(info.name, tensors[info.name])
         (folder / "config.json").write_text(text)
@@ -150,7 +169,7 @@ def save_folder(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def _stored_dtype(stored: Mapping[str, TensorInfo]) -> torch.dtype:
     """The 16-bit dtype of a file: that of its embedders."""
     dtype = stored["x_embedder.weight"].dtype
-    return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
+    return dtype if dtype in DTYPES else torch.bfloat16
 
 
 def _fill(
@@ -165,10 +184,14 @@ def _fill(
         sample = ", ".join((missing or unknown)[:3])
         raise CheckpointError(f"{source.where} {which} {len(missing or unknown)} tensors, such as {sample}")
     for name, parameter in wanted.items():
-        info = source.info(names[name])
         given = source.tensor(names[name])
-        if given.shape != parameter.shape and parameter.numel() != given.numel():
-            raise CheckpointError(f"{source.where}: {name} must have shape {tuple(parameter.shape)}, has {info.shape}")
+        # a factor of the whole tensor is stored with one dimension or with none
+        if given.shape != parameter.shape and given.numel() + parameter.numel() != 2:
+            raise CheckpointError(
+                f"{source.where}: {name} must have shape {tuple(parameter.shape)}, has {tuple(given.shape)}"
+            )
+        if not is_finite(given):
+            raise CheckpointError(f"{source.where}: {name} holds NaN or infinity; the file is damaged, get it again")
         keep = not parameter.is_floating_point() or parameter.dtype == torch.float8_e4m3fn
         # a copy: the file may be replaced while the model lives
         value = given.reshape(parameter.shape).to(device, parameter.dtype if keep else dtype, copy=True)

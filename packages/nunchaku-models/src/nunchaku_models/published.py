@@ -1,6 +1,7 @@
 """The metadata and configurations that quantised files and folders carry."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,19 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 QUANT_METHOD = "svdquant"
 GROUP_SIZES = {"int4": 64, "nvfp4": 16}
 """Precision -> input channels per weight scale."""
+
+
+def weights_name(variant: str | None = None) -> str:
+    """File name of the weights in a diffusers folder.
+
+    Raises:
+        ValueError: a variant that is no plain word.
+    """
+    if variant is None:
+        return WEIGHTS_NAME
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
+        raise ValueError(f"variant must be a name such as 'fp16', got {variant!r}")
+    return WEIGHTS_NAME.replace(".", f".{variant}.")
 
 
 def quantization_entries(precision: str, rank: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from nunchaku_models.checkpoints.detect import (
 )
 from nunchaku_models.checkpoints.diffusers_view import DiffusersView
 from nunchaku_models.checkpoints.errors import CheckpointError
+from nunchaku_models.checkpoints.finite import is_finite
 from nunchaku_models.checkpoints.flux_config import comfy_config, flux_config, infer_flux_config, validate_flux_config
 from nunchaku_models.checkpoints.flux_keys import v1_to_v2, v2_to_v1
 from nunchaku_models.checkpoints.metadata import (
@@ -54,6 +55,7 @@ __all__ = [
     "detect_precision",
     "flux_config",
     "infer_flux_config",
+    "is_finite",
     "is_quantised",
     "open_checkpoint",
     "parse_metadata",

@@ -43,8 +43,8 @@ _OTHERS = (
     (r"txt_norm\.weight", "Qwen-Image"),
     (r"caption_projection|scale_shift_table", "SANA or PixArt"),
     (r"joint_blocks\.|context_block\.|pos_embed\.proj", "Stable Diffusion 3"),
-    (r"(down|input)_blocks\.\d+\.", "a UNet (SDXL or Stable Diffusion 1.x)"),
     (r"(encoder|decoder)\.(mid_block|mid|up_blocks|down_blocks)\.", "a VAE"),
+    (r"(down|input)_blocks\.\d+\.", "a UNet (SDXL or Stable Diffusion 1.x)"),
     (r"encoder\.block\.\d+\.layer|text_model\.|model\.layers\.", "a text encoder or language model"),
     (r"patch_embedding\.|blocks\.\d+\.(cross_attn|attn2)\.", "Wan"),
 )
