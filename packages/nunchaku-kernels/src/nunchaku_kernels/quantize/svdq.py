@@ -38,7 +38,7 @@ def quantize_svdq(
 
     Behind a shifted input (the quantised path sees x + shift, the branch sees x) the stored bias is
     `bias - shift * sum_k Q(R)[n,k] / s[k]`. The published converter subtracts the unquantised R; with Q(R) the
-    quantised path cancels the shift exactly (measured behind a GELU: 4 to 18 % less output error).
+    quantised path cancels the shift exactly (measured behind a GELU: 4 to 18 % less W4A8 error, 2 to 15 % W4A4).
 
     Args:
         weight: fp32, fp16 or bf16 [N, K], finite. K is padded to the group size (64 or 16) with zero columns.
