@@ -12,8 +12,8 @@ namespace nk::cpu {
 
 extern const Kernels avx512vnni_kernels;
 const Kernels avx512vnni_kernels = {
-    "avx512vnni", to_float_array,   from_float_array, matmul,     lowrank_tile, quantize_token,
-    decode_panel, accumulate_panel, dequantize_row,   finish_row, awq_decode,   awq_product,
+    "avx512vnni",     to_float_array, from_float_array, matmul,     lowrank_tile, quantize_token, decode_panel,
+    accumulate_panel, dequantize_row, finish_row,       awq_decode, awq_product,  nullptr,        nullptr,
 };
 
 }  // namespace nk::cpu

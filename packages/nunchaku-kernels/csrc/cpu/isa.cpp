@@ -8,6 +8,7 @@ extern const Kernels portable_kernels;
 #ifdef NK_X86
 extern const Kernels avx2_kernels;
 extern const Kernels avx512vnni_kernels;
+extern const Kernels avx512bf16_kernels;
 #endif
 
 namespace {
@@ -19,7 +20,9 @@ std::vector<const Kernels*> usable_kernels() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2) tables.push_back(&avx2_kernels);
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) tables.push_back(&avx512vnni_kernels);
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni) tables.push_back(&avx512vnni_kernels);
+    if (vnni && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16_kernels);
 #endif
     return tables;
 }

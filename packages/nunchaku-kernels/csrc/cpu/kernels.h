@@ -72,6 +72,12 @@ struct Kernels {
     // y[token * ldy + channel] += x[token, :] . weights of the quad's channel; x rows are contiguous. For few tokens,
     // where decoding dominates; null where awq_decode and matmul are as good.
     void (*awq_product)(const AwqQuad& quad, const float* x, size_t tokens, float* y, size_t ldy);
+
+    // The pair awq_decode and matmul for bf16 scales and bf16 tokens, on a panel[input / 2][16 channels][2]; the
+    // decoder fills four channels. y[tokens, 16] is added to. Null where the processor has no bf16 products.
+    void (*awq_decode_bf16)(const AwqQuad& quad, uint16_t* panel);
+    void (*matmul_bf16)(const uint16_t* x, size_t stride, size_t tokens, const uint16_t* panel, size_t inputs, float* y,
+                        size_t ldy);
 };
 
 }  // namespace nk::cpu

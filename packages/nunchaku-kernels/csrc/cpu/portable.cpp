@@ -10,8 +10,8 @@ namespace nk::cpu {
 
 extern const Kernels portable_kernels;
 const Kernels portable_kernels = {
-    "portable",   to_float_array,   from_float_array, matmul,     lowrank_tile, quantize_token,
-    decode_panel, accumulate_panel, dequantize_row,   finish_row, awq_decode,   nullptr,
+    "portable",       to_float_array, from_float_array, matmul,     lowrank_tile, quantize_token, decode_panel,
+    accumulate_panel, dequantize_row, finish_row,       awq_decode, nullptr,      nullptr,        nullptr,
 };
 
 }  // namespace nk::cpu

@@ -1,0 +1,20 @@
+// The AVX-512 BF16 table: as for AVX-512 VNNI, with bf16 products for AWQ weights.
+#include "avx2/awq.h"
+#include "avx2/decode_panel.h"
+#include "avx2/lowrank_tile.h"
+#include "avx512bf16/awq.h"
+#include "avx512vnni/accumulate_panel.h"
+#include "avx512vnni/awq_lookup.h"
+#include "generic/epilogue.h"
+#include "generic/matmul.h"
+#include "generic/quantize_token.h"
+
+namespace nk::cpu {
+
+extern const Kernels avx512bf16_kernels;
+const Kernels avx512bf16_kernels = {
+    "avx512bf16",     to_float_array, from_float_array, matmul,     lowrank_tile, quantize_token,  decode_panel,
+    accumulate_panel, dequantize_row, finish_row,       awq_decode, awq_product,  awq_decode_bf16, matmul_bf16,
+};
+
+}  // namespace nk::cpu
