@@ -3,12 +3,14 @@
 from nunchaku_kernels.quantize.awq import quantize_w4a16
 from nunchaku_kernels.quantize.int4 import quantize_int4
 from nunchaku_kernels.quantize.lowrank import truncated_svd
+from nunchaku_kernels.quantize.modulation import quantize_modulation
 from nunchaku_kernels.quantize.nvfp4 import quantize_nvfp4
 from nunchaku_kernels.quantize.smoothing import smoothing_from_weights
 from nunchaku_kernels.quantize.svdq import quantize_svdq
 
 __all__ = [
     "quantize_int4",
+    "quantize_modulation",
     "quantize_nvfp4",
     "quantize_svdq",
     "quantize_w4a16",

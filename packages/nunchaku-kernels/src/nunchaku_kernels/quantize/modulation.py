@@ -33,7 +33,7 @@ def quantize_modulation(
     require_tensor("weight", weight, (None, None), FLOAT_DTYPES)
     rows = weight.shape[0]
     require_multiple("weight", "N", rows, 4)
-    codes, scales, zeros = quantize_w4a16(weight, group_size, dtype=dtype)
+    codes, scales, zeros = quantize_w4a16(weight, group_size, scale_search=True, dtype=dtype)
     if bias is None:
         bias = torch.zeros(rows, dtype=dtype, device=weight.device)
     require_tensor("bias", bias, (rows,), FLOAT_DTYPES)

@@ -1,1 +1,1 @@
-"""The command `nunchaku`. Each subcommand is one module with `register(subparsers)`; heavy imports wait until it runs."""
+"""The command `nunchaku`. One module per subcommand, with `register(subparsers)`; heavy imports wait until it runs."""

@@ -1,0 +1,50 @@
+"""The tensors of a modulation layer give back the linear they were made from, in diffusers' order."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nunchaku_kernels.nn import ModulationLinear
+from nunchaku_kernels.quantize import quantize_modulation
+
+
+def layer_of(weight: torch.Tensor, bias: torch.Tensor | None, chunks: int, dtype: torch.dtype) -> ModulationLinear:
+    layer = ModulationLinear(weight.shape[1], weight.shape[0], num_chunks=chunks, dtype=dtype, device="meta")
+    layer.load_packed(quantize_modulation(weight, bias, chunks, dtype=dtype))
+    return layer
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    chunks=st.sampled_from([3, 6]),
+    channels=st.sampled_from([4, 20, 64]),
+    width=st.sampled_from([64, 192]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_forward_is_the_original_linear(chunks: int, channels: int, width: int, with_bias: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(chunks * channels, width, generator=generator)
+    bias = torch.randn(chunks * channels, generator=generator) if with_bias else None
+    x = torch.randn(3, width, generator=generator)
+    layer = layer_of(weight, bias, chunks, torch.float32)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    error = (layer(x) - expected).norm() / expected.norm()
+    assert error < 0.12, f"relative error {error:.3f} is more than 4-bit rounding explains"
+
+
+def test_chunks_carry_the_one_of_the_scales() -> None:
+    weight, x = torch.zeros(6 * 8, 64), torch.zeros(2, 64)
+    chunks = layer_of(weight, None, 6, torch.bfloat16).chunks(x.bfloat16())
+    assert [float(chunk.unique()) for chunk in chunks] == [0, 1, 0, 0, 1, 0]
+    assert not layer_of(weight, None, 6, torch.bfloat16)(x.bfloat16()).any()
+
+
+def test_bad_values_are_named() -> None:
+    with pytest.raises(ValueError, match="bias: expected finite"):
+        quantize_modulation(torch.randn(24, 64), torch.full((24,), torch.nan), 6)
+    with pytest.raises(ValueError, match="weight"):
+        quantize_modulation(torch.full((24, 64), torch.nan), None, 6)
+    with pytest.raises(ValueError, match="chunks"):
+        quantize_modulation(torch.randn(24, 64), None, 5)
