@@ -73,7 +73,9 @@ void w4a16_linear(const AwqArguments& a, int64_t threads, const std::string& isa
     const size_t group_size = a.group_size, groups = (inputs + group_size - 1) / group_size;
     const size_t token_blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
     const size_t channel_blocks = (outputs + kChannels - 1) / kChannels;
-    parallel_for(threads, token_blocks * channel_blocks, [&](WorkQueue& queue) {
+    // A decoded weight costs about 64 int8 multiply-adds, one of these products 4.
+    const size_t workers = useful_threads(threads, (64 + 4 * tokens) * inputs * outputs);
+    parallel_for(workers, token_blocks * channel_blocks, [&](WorkQueue& queue) {
         const Buffer<float> scales = make_buffer<float>(groups * kChannels);
         const Buffer<float> zeros = make_buffer<float>(groups * kChannels);
         const Buffer<float> panel = make_buffer<float>(path == Path::fp32_panel ? inputs * kStrip : 0);

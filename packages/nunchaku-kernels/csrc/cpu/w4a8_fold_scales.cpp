@@ -39,7 +39,8 @@ void w4a8_fold_scales(const uint8_t* qweight, FloatTensor wscales, int64_t padde
     require_pointer(multipliers, "multipliers");
 
     const size_t groups = static_cast<size_t>(padded_k) / kGroup;
-    parallel_for(threads, padded_n / kStrip, [&](WorkQueue& queue) {
+    const size_t workers = useful_threads(threads, static_cast<size_t>(padded_n) * padded_k * 64);
+    parallel_for(workers, padded_n / kStrip, [&](WorkQueue& queue) {
         std::vector<int> largest(groups * kStrip);
         for (size_t strip; queue.next(strip);) {
             const size_t n0 = strip * kStrip;

@@ -56,11 +56,12 @@ void validate(const ProductArguments& p, int64_t threads) {
 // Calls finish(begin_token, tokens, begin_channel, channels, sums) for every block of the product; `make_finish` makes
 // one such function per thread, so that it can own scratch memory.
 template <class MakeFinish>
-void for_each_block(const Kernels& kernels, const ProductArguments& p, size_t threads, const MakeFinish& make_finish) {
+void for_each_block(const Kernels& kernels, const ProductArguments& p, int64_t threads, const MakeFinish& make_finish) {
     if (!p.tokens) return;
-    const Partition cut = partition(p, threads);
     const size_t tokens = p.tokens, padded_n = p.padded_n, padded_k = p.padded_k;
-    parallel_for(threads, cut.items(), [&](WorkQueue& queue) {
+    const size_t workers = useful_threads(threads, (tokens + 16) * padded_n * padded_k);  // decoding costs about 16
+    const Partition cut = partition(p, workers);
+    parallel_for(workers, cut.items(), [&](WorkQueue& queue) {
         const Buffer<int8_t> panel = make_buffer<int8_t>(cut.channel_block * cut.input_block);
         const Buffer<int32_t> sums = make_buffer<int32_t>(cut.token_block * cut.channel_block);
         auto finish = make_finish(cut);

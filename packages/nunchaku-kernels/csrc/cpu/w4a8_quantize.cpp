@@ -53,7 +53,9 @@ void w4a8_quantize(const QuantizeArguments& a, int64_t threads, const std::strin
         unpack_lowrank(kernels, a.proj_down, rank, 0, channels, LowrankSide::down, down.get());
     }
 
-    parallel_for(threads, (tokens + kTokenBlock - 1) / kTokenBlock, [&](WorkQueue& queue) {
+    // An element of the token costs about 64 int8 multiply-adds, one of the fp32 product 4.
+    const size_t workers = useful_threads(threads, tokens * channels * (64 + 4 * rank));
+    parallel_for(workers, (tokens + kTokenBlock - 1) / kTokenBlock, [&](WorkQueue& queue) {
         const Buffer<float> x = make_buffer<float>(kTokenBlock * channels), t = make_buffer<float>(channels);
         for (size_t block; queue.next(block);) {
             const size_t begin = block * kTokenBlock, count = std::min(kTokenBlock, tokens - begin);
