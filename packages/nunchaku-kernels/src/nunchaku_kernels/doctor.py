@@ -8,7 +8,7 @@ import torch
 
 from nunchaku_kernels import __version__
 from nunchaku_kernels.ops import ARITHMETICS, default_arithmetic
-from nunchaku_kernels.ops._native import ISA_VARIABLE, cpu_isa, extension, threads
+from nunchaku_kernels.ops._native import ISA_VARIABLE, cpu_isa, extension
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def examine() -> Report:
         torch=torch.__version__,
         extension=native is not None,
         isas=isas,
-        threads=threads(),
+        threads=torch.get_num_threads(),
         devices=devices,
         problems=problems,
     )

@@ -1,37 +1,80 @@
 """Tensors computed from a layer's registered ones, remade whenever those changed behind its back."""
 
+import ctypes
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+
+_SAMPLE_BYTES = 64
+_SAMPLES = 4
+
+
+class _Source(NamedTuple):
+    """What a source tensor looked like when the value was made."""
+
+    storage: "weakref.ref[torch.UntypedStorage]"
+    address: int
+    version: int
+    dtype: torch.dtype
+    samples: tuple[bytes, ...]
+
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        return (
+            self.storage() is tensor.untyped_storage()
+            and self.address == tensor.data_ptr()
+            and self.version == _version(tensor)
+            and self.dtype == tensor.dtype
+            and self.samples == _samples(tensor)
+        )
+
+
+class _Entry(NamedTuple):
+    sources: tuple[_Source, ...]
+    value: Any
 
 
 class DerivedTensors:
-    """A one-entry cache keyed by the identity of its source tensors.
+    """A one-entry cache that belongs to its source tensors.
 
     Offloaders swap a parameter's storage and loaders write into it without telling the layer. A source counts as
-    unchanged only while its storage is the very same object (a weak reference, so that the cache keeps no memory
-    alive and a recycled address cannot fool it) and its version counter stands still.
+    unchanged only while its storage is the very same object (a weak reference, so that a recycled address cannot fool
+    it) and its version counter stands still. Writes through `param.data` and inside inference mode do not count as
+    versions; on the CPU a few bytes are compared for those. When a source's storage is freed, so is the value.
+
+    Safe from several threads: the entry is replaced as a whole, at worst two threads make the same value.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._storages: tuple[StorageWeakRef, ...] = ()
-        self._value: Any = None
+        self._entry: _Entry | None = None
 
     def get(self, sources: tuple[torch.Tensor, ...], make: Callable[[], Any]) -> Any:
         """The cached value, or `make()` if any of `sources` is not the tensor it was made from."""
-        key = tuple(_identity(source) for source in sources)
-        if key != self._key or any(storage.expired() for storage in self._storages):
-            self._value = make()
-            self._storages = tuple(StorageWeakRef(source.untyped_storage()) for source in sources)
-            self._key = key
-        return self._value
+        entry = self._entry
+        if entry is not None and all(map(_Source.is_still, entry.sources, sources)):
+            return entry.value
+        # Looked at before `make`: a write that arrives meanwhile is then seen as a change.
+        seen = tuple(self._look_at(source) for source in sources)
+        value = make()
+        self._entry = _Entry(seen, value)
+        return value
 
     def clear(self) -> None:
         """Forget the value (and free its memory)."""
-        self.__init__()  # type: ignore[misc]
+        self._entry = None
+
+    def _look_at(self, tensor: torch.Tensor) -> _Source:
+        cache = weakref.ref(self)
+
+        def forget(dead: "weakref.ref[torch.UntypedStorage]") -> None:
+            owner = cache()
+            entry = None if owner is None else owner._entry
+            if owner is not None and entry is not None and any(source.storage is dead for source in entry.sources):
+                owner.clear()
+
+        storage = weakref.ref(tensor.untyped_storage(), forget)
+        return _Source(storage, tensor.data_ptr(), _version(tensor), tensor.dtype, _samples(tensor))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DerivedTensors":
         return DerivedTensors()
@@ -40,7 +83,16 @@ class DerivedTensors:
         return DerivedTensors, ()
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    # An inference tensor has no version counter; it cannot be written to outside inference mode either.
-    version = -1 if tensor.is_inference() else tensor._version
-    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), version, tensor.dtype, tensor.device)
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # an inference tensor has no version counter
+
+
+def _samples(tensor: torch.Tensor) -> tuple[bytes, ...]:
+    """A few short runs of bytes, evenly spread over a CPU tensor."""
+    size = tensor.nbytes
+    if not tensor.is_cpu or size < _SAMPLE_BYTES or not tensor.is_contiguous():
+        return ()
+    address, step = tensor.data_ptr(), (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
+    if not address:
+        return ()  # storage was released
+    return tuple(ctypes.string_at(address + i * step, _SAMPLE_BYTES) for i in range(_SAMPLES))

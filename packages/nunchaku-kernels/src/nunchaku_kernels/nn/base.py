@@ -1,11 +1,12 @@
 """What every quantised layer shares: origin, the `weight` that loaders ask for, the arithmetic."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from nunchaku_kernels._checks import FLOAT_DTYPES
 from nunchaku_kernels.nn._derived import DerivedTensors
 
 
@@ -58,7 +59,7 @@ class QuantizedLinear(nn.Module):
 
         A property, not a parameter: offloaders and `.to()` would materialise it.
         """
-        device = next(self.parameters()).device
+        device = self._storage_parameter().device
         return torch.zeros((), dtype=self.compute_dtype, device=device).expand(self.out_features, self.in_features)
 
     def natural_bias(self) -> torch.Tensor | None:
@@ -66,23 +67,28 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def load_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over published tensors (no copy). Names, shapes and dtypes must be those of the layer.
+        """Take over published tensors (no copy). Names and shapes must be those of the layer, and so must the dtypes,
+        except that any of float32, float16 and bfloat16 may stand for another.
 
         Raises:
-            ValueError: a tensor is missing, unknown, or of another shape or dtype.
+            ValueError: a tensor is missing, unknown, of another shape or dtype, or not on the device of the others. The
+                layer is unchanged then.
         """
         own = {key: value for key, value in self._parameters.items() if value is not None}
         missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or unknown:
             raise ValueError(f"{self.label()}: missing tensors {missing}, unknown tensors {unknown}")
+        device = next(iter(tensors.values())).device
         for key, value in own.items():
             given = tensors[key]
-            if given.shape != value.shape or (given.dtype != value.dtype and not value.dtype.is_floating_point):
+            dtypes = FLOAT_DTYPES if value.dtype in FLOAT_DTYPES else (value.dtype,)
+            if given.shape != value.shape or given.dtype not in dtypes or given.device != device:
                 raise ValueError(
-                    f"{self.label()}: `{key}` must be {value.dtype} {tuple(value.shape)}, "
-                    f"got {given.dtype} {tuple(given.shape)}"
+                    f"{self.label()}: `{key}` must be {' or '.join(map(str, dtypes))} "
+                    f"{tuple(value.shape)} on {device}, got {given.dtype} {tuple(given.shape)} on {given.device}"
                 )
-            self._parameters[key] = nn.Parameter(given, requires_grad=False)
+        for key in own:
+            self._parameters[key] = nn.Parameter(tensors[key].detach(), requires_grad=False)
 
     def label(self) -> str:
         """How error messages call this layer."""
@@ -90,26 +96,41 @@ class QuantizedLinear(nn.Module):
 
     def _rows_of_input(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) as a matrix (M, in_features), checked."""
-        if not x.is_floating_point():
-            raise TypeError(f"{self.label()}: `x` must be floating point, got {x.dtype}")
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"{self.label()}: `x` must have {self.in_features} channels, got shape {tuple(x.shape)}")
-        return x.reshape(-1, self.in_features)
+        check_input(self.label, self.in_features, x)
+        device = self._storage_parameter().device
+        if x.device != device:
+            raise ValueError(f"{self.label()}: `x` must be on {device}, where the layer is, got {x.device}")
+        return x if x.dim() == 2 else x.reshape(-1, self.in_features)
+
+    def _row_range(self, rows: tuple[int, int] | None) -> tuple[int, int]:
+        """The range of output rows asked for, checked; all for None."""
+        if rows is None:
+            return 0, self.out_features
+        if len(rows) != 2 or not all(isinstance(edge, int) for edge in rows):
+            raise TypeError(f"{self.label()}: `rows` must be two integers, got {rows!r}")
+        if not 0 <= rows[0] < rows[1] <= self.out_features:
+            raise ValueError(f"{self.label()}: `rows` must be a range within 0..{self.out_features}, got {rows}")
+        return rows
+
+    def _storage_parameter(self) -> torch.Tensor:
+        """A parameter that every layer has, for its device."""
+        qweight = self._parameters["qweight"]
+        assert qweight is not None
+        return qweight
+
+    def _keeps_dtype(self, tensor: torch.Tensor) -> bool:
+        """Whether `.to(dtype)` must leave a registered tensor's dtype alone: an fp8 scale is a storage format."""
+        return tensor.dtype == torch.float8_e4m3fn
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # Moving a layer frees what was derived from its old tensors.
-        self._derived.clear()
-        # `.to(dtype)` converts every floating tensor; an fp8 scale is a storage format and must stay what it is.
-        guarded = {key: p for key, p in self._parameters.items() if p is not None and p.dtype == torch.float8_e4m3fn}
-        for key, parameter in guarded.items():
-            self._parameters[key] = nn.Parameter(parameter.view(torch.uint8), requires_grad=False)
-        try:
-            return super()._apply(fn, recurse)
-        finally:
-            for key in guarded:
-                moved = self._parameters[key]
-                assert moved is not None
-                self._parameters[key] = nn.Parameter(moved.view(torch.float8_e4m3fn), requires_grad=False)
+        self._derived.clear()  # moving a layer frees what was derived from its old tensors
+
+        def keeping_dtypes(tensor: torch.Tensor) -> torch.Tensor:
+            if self._keeps_dtype(tensor):
+                return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            return fn(tensor)
+
+        return super()._apply(keeping_dtypes, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -120,11 +141,32 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def check_input(label: Callable[[], str], in_features: int, x: torch.Tensor) -> None:
+    """Raise unless x is a floating-point tensor (..., in_features); `label` says how the message calls the layer.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating-point dtype that layers take.
+        ValueError: another number of channels.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{label()}: `x` must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{label()}: `x` must be float32, float16 or bfloat16, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"{label()}: `x` must have {in_features} channels, got shape {tuple(x.shape)}")
+
+
 def drop_placeholder_weight(state_dict: dict[str, torch.Tensor], prefix: str) -> None:
     """Take a layer's own stride-0 `weight` out of a state dict; a real weight stays, and is reported as unexpected."""
     weight = state_dict.get(prefix + "weight")
     if weight is not None and not any(weight.stride()):
         del state_dict[prefix + "weight"]
+
+
+def require_dtype(label: str, dtype: torch.dtype) -> None:
+    """Raise TypeError unless `dtype` is one that a layer's 16-bit tensors can have."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{label}: `dtype` must be float32, float16 or bfloat16, got {dtype}")
 
 
 def parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:

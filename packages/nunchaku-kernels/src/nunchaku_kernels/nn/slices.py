@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nunchaku_kernels.nn.base import QuantizedLinear, drop_placeholder_weight
+from nunchaku_kernels.nn.base import QuantizedLinear, check_input, drop_placeholder_weight
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,19 @@ class LinearSlice(nn.Module):
         super().__init__()
         if not parts:
             raise ValueError("LinearSlice: `parts` must not be empty")
+        for part in parts:
+            (top, bottom), (left, right) = part.rows, part.columns
+            if not 0 <= top < bottom <= part.owner.out_features or right - left != part.owner.in_features:
+                raise ValueError(
+                    f"LinearSlice: rows {part.rows} x columns {part.columns} do not fit an owner of "
+                    f"{part.owner.out_features} x {part.owner.in_features}"
+                )
         edges = [part.columns for part in parts]
         heights = {part.rows[1] - part.rows[0] for part in parts}
         if edges[0][0] != 0 or any(a[1] != b[0] for a, b in itertools.pairwise(edges)):
             raise ValueError(f"LinearSlice: the columns of `parts` must tile 0..in_features, got {edges}")
         if len(heights) != 1:
             raise ValueError(f"LinearSlice: all `parts` must have the same number of rows, got {sorted(heights)}")
-        for part in parts:
-            if part.columns[1] - part.columns[0] != part.owner.in_features or part.rows[1] > part.owner.out_features:
-                raise ValueError(
-                    f"LinearSlice: rows {part.rows} x columns {part.columns} do not fit an owner of "
-                    f"{part.owner.out_features} x {part.owner.in_features}"
-                )
         self.parts = tuple(parts)  # a tuple: the owners are registered elsewhere in the tree
         self.in_features = edges[-1][1]
         self.out_features = heights.pop()
@@ -68,13 +69,21 @@ class LinearSlice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features), in the dtype of x."""
-        total: torch.Tensor | None = None
-        for part in self.parts:
-            whole = len(self.parts) == 1
-            y = part.owner(x if whole else x[..., part.columns[0] : part.columns[1]], rows=part.rows)
-            total = y if total is None else total + y
-        assert total is not None  # the constructor refuses an empty `parts`
+        check_input(self._label, self.in_features, x)
+        if len(self.parts) == 1:
+            return self._part(self.parts[0], x)
+        total = self._part(self.parts[0], x[..., : self.parts[0].columns[1]])
+        for part in self.parts[1:]:
+            total = total + self._part(part, x[..., part.columns[0] : part.columns[1]])
         return total
+
+    @staticmethod
+    def _part(part: SlicePart, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = part.owner(x, rows=part.rows)
+        return y
+
+    def _label(self) -> str:
+        return f"LinearSlice of {' and '.join(part.owner.label() for part in self.parts)}"
 
     def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

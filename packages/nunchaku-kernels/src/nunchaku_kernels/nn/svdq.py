@@ -1,14 +1,22 @@
 """`SVDQLinear`: a linear layer with a 4-bit residual weight and a 16-bit low-rank branch (SVDQuant)."""
 
+import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from nunchaku_kernels._checks import ceil_to
 from nunchaku_kernels.formats import SVDQWeights, pack_svdq, unpack_vector
-from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter
+from nunchaku_kernels.nn._gradient import straight_through
+from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
+from nunchaku_kernels.ops import svdq_w4a16
+from nunchaku_kernels.ops._checks import ACTIVATIONS
+from nunchaku_kernels.ops._unpack import lowrank_activation, reference_epilogue
 from nunchaku_kernels.ops.arithmetic import Arithmetic, check_arithmetic, default_arithmetic
 
+ROW_BLOCK = 128
 GELU_SHIFT = 0.171875
 """Lower bound of GELU, negated: added to the input of an int4 linear behind a GELU so that its codes are unsigned."""
 
@@ -36,9 +44,10 @@ class SVDQLinear(QuantizedLinear):
         rank: R, a multiple of 16; 0 for no low-rank branch.
         bias: whether there is a bias.
         precision: "int4" or "nvfp4", a property of the stored tensors.
-        shift: added to x on the quantised path only; `GELU_SHIFT` for the int4 linear behind a GELU.
+        shift: added to x on the quantised path only; `GELU_SHIFT` for the int4 linear behind a GELU. If positive, x is
+            expected to be at least -shift: W4A4 then uses unsigned codes.
         smooth_orig: whether `smooth_factor_orig` is stored; nothing computes with it.
-        wtscale: whether a per-tensor factor is stored (nvfp4).
+        wtscale: whether a per-tensor factor is stored.
         wcscales: whether per-channel factors are stored.
         dtype: T, the dtype of the 16-bit tensors.
     """
@@ -63,8 +72,11 @@ class SVDQLinear(QuantizedLinear):
         super().__init__(in_features, out_features, name=name, origin=origin)
         if precision not in ("int4", "nvfp4"):
             raise ValueError(f"{self.label()}: `precision` must be 'int4' or 'nvfp4', got {precision!r}")
-        if rank < 0 or rank % 16:
-            raise ValueError(f"{self.label()}: `rank` must be a multiple of 16, got {rank}")
+        if not isinstance(rank, int) or rank < 0 or rank % 16:
+            raise ValueError(f"{self.label()}: `rank` must be a non-negative multiple of 16, got {rank}")
+        if not math.isfinite(shift) or (shift and precision != "int4"):
+            raise ValueError(f"{self.label()}: `shift` must be finite, and 0 for {precision} weights, got {shift}")
+        require_dtype(self.label(), dtype)
         k, n = ceil_to(in_features, 128), ceil_to(out_features, 128)
         self.precision = precision
         self.shift = shift
@@ -134,25 +146,16 @@ class SVDQLinear(QuantizedLinear):
         return None if self.bias is None else unpack_vector(self.bias)[: self.out_features]
 
     def quantize(self, x: torch.Tensor) -> QuantizedActivation:
-        """Quantise activations for this layer's arithmetic, and project them down, in one pass over x.
+        """Quantise activations for this layer's arithmetic, and project them down, in one pass over x. No gradient.
 
         Args:
-            x: (M, in_features) float32, float16 or bfloat16.
+            x: (..., in_features) float32, float16 or bfloat16; M is the product of the leading dimensions.
 
         Raises:
-            ValueError: the arithmetic is "w4a16", which does not quantise activations.
+            ValueError: the arithmetic is "w4a16", which does not quantise activations, or x does not fit.
+            TypeError: x is of another dtype.
         """
-        smooth, down = self.smooth_factor, self._branch(self.proj_down)
-        match self.arithmetic:
-            case "w4a8":
-                parts = torch.ops.nunchaku_kernels.w4a8_quantize(x, smooth, self.shift, down)
-            case "w4a4":
-                parts = torch.ops.nunchaku_kernels.w4a4_quantize(x, smooth, self.shift, down, self.shift > 0)
-            case "nvfp4":
-                parts = torch.ops.nunchaku_kernels.nvfp4_quantize(x, smooth, self.shift, down)
-            case other:
-                raise ValueError(f"{self.label()}: arithmetic {other!r} takes 16-bit activations, nothing to quantise")
-        return QuantizedActivation(*parts)
+        return self._quantize(self._rows_of_input(x), self.arithmetic)
 
     def forward(
         self,
@@ -163,99 +166,221 @@ class SVDQLinear(QuantizedLinear):
         gate: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (..., in_features) -> (..., out_features), in the dtype of x.
+        """x (..., in_features) -> (..., N'), in the dtype of x; N' is out_features, or the number of `rows`.
+
+        A gradient towards x, gate, residual, bias and the low-rank factors is that of the dequantised weight: rounding
+        counts as the identity.
 
         Args:
             x: float32, float16 or bfloat16.
             rows: compute only this range of output rows (one of several fused linears).
             activation: "none", "gelu" (tanh form) or "silu", applied before gate and residual.
-            gate: (B, out_features); the B equal shares of the tokens are scaled by one row each.
-            residual: (..., out_features), added last.
+            gate: (B, N'); the B equal shares of the tokens are scaled by one row each.
+            residual: (..., N'), added last.
 
         Raises:
             ValueError, TypeError: an argument does not fit; the message names the layer and the argument.
         """
         tokens = self._rows_of_input(x)
-        start, stop = rows or (0, self.out_features)
-        if not 0 <= start < stop <= self.out_features:
-            raise ValueError(f"{self.label()}: `rows` must lie in 0..{self.out_features}, got {rows}")
-        tail = {
-            "activation": activation,
-            "gate": gate,
-            "residual": None if residual is None else residual.reshape(-1, stop - start),
-            "out_dtype": x.dtype,
-        }
-        if self.arithmetic == "w4a16":
-            y = self._multiply(None, tokens, start, stop, tail)
-        else:
-            y = self._multiply(self.quantize(tokens), tokens, start, stop, tail)
-        return y.reshape(*x.shape[:-1], stop - start)
+        start, stop = self._row_range(rows)
+        shape = (*x.shape[:-1], stop - start)
+        self._check_tail(activation, gate, residual)
+        if residual is not None:
+            if residual.shape != shape:
+                raise ValueError(f"{self.label()}: `residual` must be {shape}, got {tuple(residual.shape)}")
+            residual = residual.reshape(-1, stop - start)
+        # Published tensors come in blocks of 128 rows: compute from the start of a block and cut the surplus off.
+        first = start // ROW_BLOCK * ROW_BLOCK
+        if first != start:
+            gate, residual = _widened(gate, start - first), _widened(residual, start - first)
+        tail = _Tail(first, stop, activation, gate, residual, x.dtype)
 
-    def forward_quantized(self, x: QuantizedActivation, out_dtype: torch.dtype, **tail: Any) -> torch.Tensor:
-        """The second half: quantised activations -> (M, out_features) `out_dtype`; keywords as in `forward`."""
-        return self._multiply(x, None, 0, self.out_features, {**tail, "out_dtype": out_dtype})
+        def run() -> torch.Tensor:
+            arithmetic = self.arithmetic
+            q = None if arithmetic == "w4a16" else self._quantize(tokens, arithmetic)
+            return self._multiply(arithmetic, q, tokens, tail)
+
+        differentiable = (tokens, gate, residual, self.proj_down, self.proj_up, self.bias, self.wcscales)
+        y = straight_through(run, functools.partial(self._surrogate, tail), *differentiable, self.rank_scale)
+        if first != start:
+            y = y[:, start - first :]
+        return y if x.dim() == 2 else y.reshape(shape)
+
+    def forward_quantized(
+        self,
+        x: QuantizedActivation,
+        out_dtype: torch.dtype,
+        *,
+        activation: str = "none",
+        gate: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The second half: what `quantize` gave -> (M, out_features) `out_dtype`. No gradient.
+
+        Keywords as in `forward`; the residual is (M, out_features).
+        """
+        arithmetic = self.arithmetic
+        if arithmetic == "w4a16":
+            raise ValueError(f"{self.label()}: arithmetic 'w4a16' takes 16-bit activations, got quantised ones")
+        self._check_tail(activation, gate, residual)
+        tail = _Tail(0, self.out_features, activation, gate, residual, out_dtype)
+        return self._multiply(arithmetic, x, None, tail)
+
+    def _quantize(self, x: torch.Tensor, arithmetic: Arithmetic) -> QuantizedActivation:
+        smooth, down = self.smooth_factor, self._branch(self.proj_down)
+        operators = torch.ops.nunchaku_kernels
+        match arithmetic:
+            case "w4a8":
+                parts = operators.w4a8_quantize(x, smooth, self.shift, down)
+            case "w4a4":
+                parts = operators.w4a4_quantize(x, smooth, self.shift, down, self.shift > 0)
+            case "nvfp4":
+                parts = operators.nvfp4_quantize(x, smooth, self.shift, down)
+            case _:
+                raise ValueError(
+                    f"{self.label()}: arithmetic {arithmetic!r} takes 16-bit activations, nothing to quantise"
+                )
+        return QuantizedActivation(*parts)
 
     def _multiply(
-        self, q: QuantizedActivation | None, x: torch.Tensor | None, start: int, stop: int, tail: dict[str, Any]
+        self, arithmetic: Arithmetic, q: QuantizedActivation | None, x: torch.Tensor | None, tail: "_Tail"
     ) -> torch.Tensor:
-        first, last = start // 128 * 128, ceil_to(stop, 128)
-        if first != start and (tail.get("gate") is not None or tail.get("residual") is not None):
-            raise ValueError(f"{self.label()}: `gate` and `residual` need `rows` that start at a multiple of 128")
-        weights = self._weights(first, last)
-        tail = {**tail, "out_features": stop - first}
+        first, last = tail.first, ceil_to(tail.stop, ROW_BLOCK)
+        up, bias = self._rows(self._branch(self.proj_up), first, last), self._rows(self.bias, first, last)
+        low_rank = (up, self.rank_scale, self._channel_factors(first, last), bias)
+        keywords = tail.keywords()
         operators = torch.ops.nunchaku_kernels
-        if q is None:
-            y = operators.svdq_w4a16_linear(
-                x, self.smooth_factor, self.shift, self._branch(self.proj_down), *weights, **tail
-            )
-        elif self.arithmetic == "w4a8":
-            y = operators.w4a8_linear(*q, *weights, **tail)
-        elif self.arithmetic == "w4a4":
-            y = operators.w4a4_linear(*q, *weights, **tail)
+        qweight = self._rows(self.qweight, first, last)
+        if arithmetic == "w4a8":
+            row_scales, multipliers = (self._rows(tensor, first, last) for tensor in self._folded_scales())
+            y = operators.w4a8_linear(*q, qweight, row_scales, multipliers, *low_rank, **keywords)  # type: ignore[misc]
+        elif arithmetic == "w4a4":
+            wscales = self._group_scales(first, last)
+            y = operators.w4a4_linear(*q, qweight, wscales, *low_rank, **keywords)  # type: ignore[misc]
+        elif arithmetic == "nvfp4":
+            wscales = self._group_scales(first, last)
+            y = operators.nvfp4_linear(*q, qweight, wscales, self.wtscale, *low_rank, **keywords)  # type: ignore[misc]
         else:
-            y = operators.nvfp4_linear(*q, *weights, **tail)
-        return y[:, start - first :]
+            smooth, down, wscales = self.smooth_factor, self._branch(self.proj_down), self._group_scales(first, last)
+            wtscale = self.wtscale if self.precision == "nvfp4" else None
+            y = operators.svdq_w4a16_linear(
+                x, smooth, self.shift, down, qweight, wscales, wtscale, *low_rank, **keywords
+            )
+        return y
 
-    def _weights(self, first: int, last: int) -> tuple[torch.Tensor | None, ...]:
-        """The weight arguments of the arithmetic's operator for rows first..last, both multiples of 128.
+    def _surrogate(
+        self,
+        tail: "_Tail",
+        x: torch.Tensor,
+        gate: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        proj_down: torch.Tensor,
+        proj_up: torch.Tensor,
+        bias: torch.Tensor | None,
+        wcscales: torch.Tensor | None,
+        rank_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`forward` as differentiable torch, on the dequantised weight."""
+        first, last = tail.first, ceil_to(tail.stop, ROW_BLOCK)
+        product = svdq_w4a16.product(
+            x,
+            self.smooth_factor,
+            self.shift,
+            self.qweight[first:last],
+            self._group_scales(first, last),
+            self.wtscale,
+        )
+        return reference_epilogue(
+            product,
+            lowrank_activation(x, self._branch(proj_down)),
+            self._rows(self._branch(proj_up), first, last),
+            rank_scale,
+            self._rows(wcscales, first, last),
+            self._rows(bias, first, last),
+            **(tail.keywords() | {"gate": gate, "residual": residual}),
+        )
 
-        Published tensors are stored by blocks of 128 rows, so that an aligned range of rows is a view.
-        """
+    def _check_tail(self, activation: str, gate: torch.Tensor | None, residual: torch.Tensor | None) -> None:
+        """What the operators cannot say: torch would compute nothing, silently, if one tensor were on "meta"."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{self.label()}: `activation` must be one of {ACTIVATIONS}, got {activation!r}")
+        for name, tensor in (("gate", gate), ("residual", residual)):
+            if tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{self.label()}: `{name}` must be a tensor, got {type(tensor).__name__}")
+            if tensor.device != self.qweight.device:
+                raise ValueError(f"{self.label()}: `{name}` must be on {self.qweight.device}, got {tensor.device}")
 
-        def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor[first:last]
+    def _rows(self, tensor: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
+        """Rows first..last, both multiples of 128, of a tensor whose first dimension is N: a view."""
+        return tensor if tensor is None or last - first == tensor.shape[0] else tensor[first:last]
 
-        def scales(tensor: torch.Tensor) -> torch.Tensor:
-            groups, n = tensor.shape
-            return tensor.reshape(n // 128, groups * 128)[first // 128 : last // 128].reshape(groups, last - first)
+    def _group_scales(self, first: int, last: int) -> torch.Tensor:
+        """`wscales` of rows first..last, both multiples of 128: a view, since they come in blocks of 128 rows."""
+        groups, n = self.wscales.shape
+        if last - first == n:
+            return self.wscales
+        blocks = self.wscales.reshape(n // ROW_BLOCK, groups * ROW_BLOCK)
+        return blocks[first // ROW_BLOCK : last // ROW_BLOCK].reshape(groups, last - first)
 
-        rank_tail = (rows(self._branch(self.proj_up)), self.rank_scale, rows(self.wcscales), rows(self.bias))
-        match self.arithmetic:
-            case "w4a8":
-                row_scales, multipliers = self._folded_scales()
-                return (rows(self.qweight), rows(row_scales), rows(multipliers), *rank_tail)
-            case "w4a4":
-                return (rows(self.qweight), scales(self.wscales), *rank_tail)
-            case _:
-                return (rows(self.qweight), scales(self.wscales), self.wtscale, *rank_tail)
+    def _channel_factors(self, first: int, last: int) -> torch.Tensor | None:
+        """`wcscales` of rows first..last; with int4, whose products know no per-tensor factor, times `wtscale`."""
+        factors = self._rows(self.wcscales, first, last)
+        if self.wtscale is None or self.precision == "nvfp4":
+            return factors
+        whole = self.wtscale.float()
+        return whole.expand(last - first) if factors is None else whole * factors.float()
 
     def _folded_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        def fold() -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():
+            return self._fold()  # a traced graph cannot ask whether a storage changed: it recomputes, and stays right
+        folded: tuple[torch.Tensor, torch.Tensor] = self._derived.get((self.qweight, self.wscales), self._fold)
+        return folded
+
+    def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
             folded: tuple[torch.Tensor, torch.Tensor] = torch.ops.nunchaku_kernels.w4a8_fold_scales(
                 self.qweight, self.wscales
             )
-            return folded
-
-        if torch.compiler.is_compiling():
-            return fold()  # a traced graph cannot ask whether a storage changed: it recomputes, and stays right
-        folded: tuple[torch.Tensor, torch.Tensor] = self._derived.get((self.qweight, self.wscales), fold)
+        except ValueError as error:
+            raise ValueError(f"{self.label()}: {error}") from error
         return folded
 
     def _branch(self, factor: torch.Tensor) -> torch.Tensor | None:
-        return factor if self.rank else None
+        return factor if factor.shape[1] else None
+
+    def _keeps_dtype(self, tensor: torch.Tensor) -> bool:
+        # The operators take strengths of the low-rank branch in fp32 only.
+        return tensor is self.rank_scale or super()._keeps_dtype(tensor)
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}, "
             f"{self.precision}, {self.arithmetic}"
         )
+
+
+class _Tail(NamedTuple):
+    """Output rows first..stop and what is done with them."""
+
+    first: int
+    stop: int
+    activation: str
+    gate: torch.Tensor | None
+    residual: torch.Tensor | None
+    out_dtype: torch.dtype
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of the linear operators."""
+        return {
+            "out_features": self.stop - self.first,
+            "activation": self.activation,
+            "gate": self.gate,
+            "residual": self.residual,
+            "out_dtype": self.out_dtype,
+        }
+
+
+def _widened(tensor: torch.Tensor | None, columns: int) -> torch.Tensor | None:
+    return None if tensor is None else pad(tensor, (columns, 0))

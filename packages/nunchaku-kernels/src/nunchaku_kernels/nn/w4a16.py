@@ -3,8 +3,17 @@
 import torch
 
 from nunchaku_kernels._checks import require_multiple
-from nunchaku_kernels.formats import from_channel_major, padded_groups, unfold_unit_scale
-from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter
+from nunchaku_kernels.formats import (
+    from_channel_major,
+    padded_groups,
+    unfold_unit_scale,
+    unpack_awq,
+    unpack_awq_scales,
+)
+from nunchaku_kernels.nn._gradient import straight_through
+from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
+from nunchaku_kernels.ops.w4a16 import GROUP_SIZES
+from nunchaku_kernels.reference import w4a16 as reference
 
 
 class W4A16Linear(QuantizedLinear):
@@ -36,7 +45,10 @@ class W4A16Linear(QuantizedLinear):
         origin: tuple[Origin, ...] = (),
     ) -> None:
         super().__init__(in_features, out_features, name=name, origin=origin)
-        require_multiple(self.label(), "`in_features`", in_features, max(group_size, 64))
+        if group_size not in GROUP_SIZES:
+            raise ValueError(f"{self.label()}: `group_size` must be 64 or 128, got {group_size}")
+        require_dtype(self.label(), dtype)
+        require_multiple(self.label(), "`in_features`", in_features, group_size)
         require_multiple(self.label(), "`out_features`", out_features, 4)
         if container not in (torch.int32, torch.int16):
             raise TypeError(f"{self.label()}: `container` must be torch.int32 or torch.int16, got {container}")
@@ -59,14 +71,29 @@ class W4A16Linear(QuantizedLinear):
         """x (..., in_features) -> (..., out_features) in the stored order, in the dtype of x.
 
         Args:
-            x: float32, float16 or bfloat16.
+            x: float32, float16 or bfloat16. With x (or the bias) requiring grad, the gradient is that of the
+                dequantised weight.
             rows: return only this range of output rows.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names the layer and the argument.
         """
+        tokens = self._rows_of_input(x)
+        start, stop = self._row_range(rows)
+        y = straight_through(lambda: self._run(tokens), self._surrogate, tokens, self.bias)
+        return y[:, start:stop].reshape(*x.shape[:-1], stop - start)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.nunchaku_kernels.w4a16_linear(
-            self._rows_of_input(x), self.qweight, self.wscales, self.wzeros, self.bias, self.group_size
+            x, self.qweight, self.wscales, self.wzeros, self.bias, self.group_size
         )
-        y = y if rows is None else y[:, rows[0] : rows[1]]
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y
+
+    def _surrogate(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        scales, zeros = (
+            unpack_awq_scales(tensor, self.in_features, self.group_size) for tensor in (self.wscales, self.wzeros)
+        )
+        return reference.linear(x, unpack_awq(self.qweight), scales, zeros, bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, group_size={self.group_size}"
@@ -86,6 +113,8 @@ class ModulationLinear(W4A16Linear):
         self, in_features: int, out_features: int, *, num_chunks: int, name: str = "", **kwargs: object
     ) -> None:
         super().__init__(in_features, out_features, name=name, **kwargs)  # type: ignore[arg-type]
+        if num_chunks not in (3, 6):
+            raise ValueError(f"{self.label()}: `num_chunks` must be 3 or 6, got {num_chunks}")
         require_multiple(self.label(), "`out_features`", out_features, num_chunks)
         self.num_chunks = num_chunks
 
@@ -101,8 +130,8 @@ class ModulationLinear(W4A16Linear):
 
     def forward(self, x: torch.Tensor, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features), chunk-major, scale chunks without the folded 1."""
+        start, stop = self._row_range(rows)
         chunks = list(self.chunks(x))
         for scale in {1, self.num_chunks - 2}:
             chunks[scale] = chunks[scale] - 1
-        y = torch.cat(chunks, dim=-1)
-        return y if rows is None else y[..., rows[0] : rows[1]]
+        return torch.cat(chunks, dim=-1)[..., start:stop]

@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 from types import ModuleType
+from typing import overload
 
 import torch
 
@@ -20,6 +21,9 @@ ISA_VARIABLE = "NUNCHAKU_CPU_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATION_CODES = {"none": 0, "gelu": 1, "silu": 2}
 
+_PRODUCTS_PER_THREAD = 1 << 20
+"""Starting a thread costs about as much as this many multiply-adds."""
+
 
 @functools.cache
 def extension() -> ModuleType | None:
@@ -29,6 +33,11 @@ def extension() -> ModuleType | None:
     except ImportError as error:
         logger.warning("nunchaku_kernels runs without its compiled CPU kernels, slowly: %s", error)
         return None
+
+
+def kernels(device: torch.device) -> ModuleType | None:
+    """The compiled kernels for tensors on `device`; None where plain torch has to do."""
+    return extension() if device.type == "cpu" else None
 
 
 def cpu_isa() -> str:
@@ -54,6 +63,21 @@ def dtype_code(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
 
 
-def threads() -> int:
-    """The caller's thread count: torch's, so that the two never oversubscribe the machine."""
-    return torch.get_num_threads()
+@overload
+def dense(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None: ...
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor with its elements in row-major order, as the extension reads them."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (M, K) with unit-stride rows that repeat (stride 0) or do not overlap, as the extension reads activations."""
+    row_stride, column_stride = x.stride()
+    return x if column_stride == 1 and (row_stride >= x.shape[1] or row_stride == 0) else x.contiguous()
+
+
+def threads(products: int) -> int:
+    """How many threads are worth starting for so many multiply-adds, at most torch's own number."""
+    return min(torch.get_num_threads(), 1 + products // _PRODUCTS_PER_THREAD)

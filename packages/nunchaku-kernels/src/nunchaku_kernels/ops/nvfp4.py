@@ -8,10 +8,18 @@ from typing import Any
 import torch
 
 from nunchaku_kernels.formats import unpack_micro_scales, unpack_qweight
-from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tail, check_tensor
+from nunchaku_kernels.ops._checks import (
+    FLOATS,
+    INT8,
+    check_optional,
+    check_quantize,
+    check_tail,
+    check_tensor,
+    check_weight,
+    padded_width,
+)
 from nunchaku_kernels.ops._library import fake, implement
 from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, padded_input, reference_epilogue
-from nunchaku_kernels.ops.w4a8 import check_quantize, padded_width
 from nunchaku_kernels.reference import nvfp4 as reference
 
 GROUP = reference.GROUP_SIZE
@@ -21,7 +29,7 @@ GROUP = reference.GROUP_SIZE
 def _quantize(
     x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = check_quantize("nvfp4_quantize", x, smooth, shift, proj_down)
+    width = check_quantize("nvfp4_quantize", x, smooth, proj_down)
     if shift:
         raise ValueError(f"nvfp4_quantize: `shift` must be 0, the format has signed codes, got {shift}")
     codes, ascales = reference.quantize_tokens(padded_input(x, width), natural_smooth(smooth))
@@ -62,14 +70,14 @@ def _linear(
 ) -> torch.Tensor:
     op, device = "nvfp4_linear", codes.device
     fp8 = (torch.float8_e4m3fn,)
-    check_tensor(op, "codes", codes, dtypes=(torch.int8,), shape=(None, None), device=device)
+    check_tensor(op, "codes", codes, dtypes=INT8, shape=(None, None), device=device)
     tokens, width = codes.shape
     check_tensor(op, "ascales", ascales, dtypes=fp8, shape=(tokens, width // GROUP), device=device)
-    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, width // 2), device=device)
-    check_tensor(op, "wscales", wscales, dtypes=fp8, shape=(width // GROUP, qweight.shape[0]), device=device)
+    rows, _ = check_weight(op, qweight, width, device)
+    check_tensor(op, "wscales", wscales, dtypes=fp8, shape=(width // GROUP, rows), device=device)
     check_optional(op, "wtscale", wtscale, dtypes=FLOATS, shape=(1,), device=device)
     check_tail(
-        op, rows=tokens, padded_out=qweight.shape[0], out_features=out_features, lora_act=lora_act, proj_up=proj_up,
+        op, rows=tokens, padded_out=rows, out_features=out_features, lora_act=lora_act, proj_up=proj_up,
         rank_scale=rank_scale, wcscales=wcscales, bias=bias, activation=activation, gate=gate, residual=residual,
         out_dtype=out_dtype, device=device,
     )  # fmt: skip
@@ -77,8 +85,8 @@ def _linear(
     if wtscale is not None:
         product = product * wtscale.float()
     return reference_epilogue(
-        product[:, :out_features], lora_act, proj_up, rank_scale, wcscales, bias, activation=activation, gate=gate,
-        residual=residual, out_dtype=out_dtype,
+        product, lora_act, proj_up, rank_scale, wcscales, bias, out_features=out_features, activation=activation,
+        gate=gate, residual=residual, out_dtype=out_dtype,
     )  # fmt: skip
 
 

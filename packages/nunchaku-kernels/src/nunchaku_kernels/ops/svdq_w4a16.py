@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from nunchaku_kernels.formats import unpack_micro_scales, unpack_qweight, unpack_wscales
+from nunchaku_kernels.formats import unpack_micro_scales, unpack_qweight, unpack_vector, unpack_wscales
 from nunchaku_kernels.formats.e2m1 import decode
-from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tail, check_tensor
+from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_quantize, check_tail, check_tensor, check_weight
 from nunchaku_kernels.ops._library import fake, implement
-from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, padded_input, reference_epilogue
-from nunchaku_kernels.ops.w4a8 import check_quantize
+from nunchaku_kernels.ops._unpack import lowrank_activation, padded_input, reference_epilogue
 
 
 def dequantize(qweight: torch.Tensor, wscales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -24,6 +23,22 @@ def dequantize(qweight: torch.Tensor, wscales: torch.Tensor, dtype: torch.dtype)
         values, scales = unpack_qweight(qweight).float(), unpack_wscales(wscales).float()
     grouped = values.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)
     return grouped.flatten(1).to(dtype)
+
+
+def product(
+    x: torch.Tensor,
+    smooth: torch.Tensor | None,
+    shift: float,
+    qweight: torch.Tensor,
+    wscales: torch.Tensor,
+    wtscale: torch.Tensor | None,
+) -> torch.Tensor:
+    """The main product float32 (M, N) of x (M, K' <= K) and published weights, differentiable in x."""
+    t = padded_input(x, qweight.shape[1] * 2, shift)
+    if smooth is not None:
+        t = (t.float() / unpack_vector(smooth).float()).to(x.dtype)
+    y = torch.nn.functional.linear(t, dequantize(qweight, wscales, x.dtype)).float()
+    return y if wtscale is None else y * wtscale.float()
 
 
 @implement("svdq_w4a16_linear", "CompositeExplicitAutograd")
@@ -47,11 +62,11 @@ def _linear(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     op, device = "svdq_w4a16_linear", x.device
-    width = check_quantize(op, x, smooth, shift, proj_down)
-    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, width // 2), device=device)
-    rows, nvfp4 = qweight.shape[0], wscales.dtype == torch.float8_e4m3fn
-    group = 16 if nvfp4 else 64
-    check_tensor(op, "wscales", wscales, dtypes=(wscales.dtype,), shape=(width // group, rows), device=device)
+    width = check_quantize(op, x, smooth, proj_down)
+    rows, _ = check_weight(op, qweight, width, device)
+    group = 16 if wscales.dtype == torch.float8_e4m3fn else 64
+    dtypes = (*FLOATS, torch.float8_e4m3fn)
+    check_tensor(op, "wscales", wscales, dtypes=dtypes, shape=(width // group, rows), device=device)
     check_optional(op, "wtscale", wtscale, dtypes=FLOATS, shape=(1,), device=device)
     lora_act = lowrank_activation(x, proj_down)
     check_tail(
@@ -59,17 +74,9 @@ def _linear(
         rank_scale=rank_scale, wcscales=wcscales, bias=bias, activation=activation, gate=gate, residual=residual,
         out_dtype=out_dtype, device=device,
     )  # fmt: skip
-    t = padded_input(x, width, shift)
-    t = t + shift if shift else t
-    natural = natural_smooth(smooth)
-    if natural is not None:
-        t = (t.float() / natural.float()).to(x.dtype)
-    product = torch.nn.functional.linear(t, dequantize(qweight, wscales, x.dtype)).float()
-    if wtscale is not None:
-        product = product * wtscale.float()
     return reference_epilogue(
-        product[:, :out_features], lora_act, proj_up, rank_scale, wcscales, bias, activation=activation, gate=gate,
-        residual=residual, out_dtype=out_dtype,
+        product(x, smooth, shift, qweight, wscales, wtscale), lora_act, proj_up, rank_scale, wcscales, bias,
+        out_features=out_features, activation=activation, gate=gate, residual=residual, out_dtype=out_dtype,
     )  # fmt: skip
 
 

@@ -3,10 +3,14 @@
 import torch
 
 from nunchaku_kernels.formats import padded_groups, unpack_awq, unpack_awq_scales
+from nunchaku_kernels.ops import _native
 from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tensor
 from nunchaku_kernels.ops._library import fake, implement
-from nunchaku_kernels.ops._native import cpu_isa, dtype_code, extension, pointer, threads
+from nunchaku_kernels.ops._native import cpu_isa, dense, dense_rows, dtype_code, pointer, threads
 from nunchaku_kernels.reference import w4a16 as reference
+
+GROUP_SIZES = (64, 128)
+"""Channels per scale: 64 for modulation, 128 for T5."""
 
 
 @implement("w4a16_linear", "CompositeExplicitAutograd")
@@ -21,31 +25,28 @@ def _linear(
     op, device = "w4a16_linear", x.device
     check_tensor(op, "x", x, dtypes=FLOATS, shape=(None, None), device=device)
     tokens, width = x.shape
-    if group_size not in (64, 128) or width % group_size:
+    if group_size not in GROUP_SIZES or width == 0 or width % group_size:
         raise ValueError(f"{op}: `group_size` must be 64 or 128 and divide the {width} channels of x, got {group_size}")
     container = qweight.dtype
     check_tensor(op, "qweight", qweight, dtypes=(torch.int32, torch.int16), shape=(None, None), device=device)
-    if qweight.shape[1] * container.itemsize != width * 2:
-        raise ValueError(f"{op}: `qweight` must hold {width} channels a row, got {container} {tuple(qweight.shape)}")
+    if qweight.shape[0] == 0 or qweight.shape[1] * container.itemsize != width * 2:
+        raise ValueError(f"{op}: `qweight` must hold rows of {width} channels, got {container} {tuple(qweight.shape)}")
     rows, groups = qweight.shape[0] * 4, padded_groups(width // group_size, group_size)
     check_tensor(op, "wscales", wscales, dtypes=FLOATS, shape=(groups, rows), device=device)
     check_tensor(op, "wzeros", wzeros, dtypes=(wscales.dtype,), shape=(groups, rows), device=device)
     check_optional(op, "bias", bias, dtypes=FLOATS, shape=(rows,), device=device)
-    native = extension() if device.type == "cpu" else None
+    native = _native.kernels(device)
     if native is None:
         scales = unpack_awq_scales(wscales, width, group_size)
         zeros = unpack_awq_scales(wzeros, width, group_size)
         return reference.linear(x, unpack_awq(qweight), scales, zeros, bias)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    qweight, wscales, wzeros = qweight.contiguous(), wscales.contiguous(), wzeros.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x, qweight, wscales, wzeros, bias = dense_rows(x), dense(qweight), dense(wscales), dense(wzeros), dense(bias)
     out = torch.empty(tokens, rows, dtype=x.dtype)
     if tokens:
         native.w4a16_linear(
             pointer(x), dtype_code(x), tokens, width, x.stride(0), pointer(qweight), pointer(wscales),
             pointer(wzeros), dtype_code(wscales), pointer(bias), dtype_code(bias), rows, group_size, pointer(out),
-            dtype_code(out), threads(), cpu_isa(),
+            dtype_code(out), threads(tokens * rows * width), cpu_isa(),
         )  # fmt: skip
     return out
 

@@ -9,10 +9,17 @@ from typing import Any
 import torch
 
 from nunchaku_kernels.formats import unpack_qweight, unpack_wscales
-from nunchaku_kernels.ops._checks import FLOATS, check_tail, check_tensor
+from nunchaku_kernels.ops._checks import (
+    FLOATS,
+    INT8,
+    check_quantize,
+    check_tail,
+    check_tensor,
+    check_weight,
+    padded_width,
+)
 from nunchaku_kernels.ops._library import fake, implement
 from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, padded_input, reference_epilogue
-from nunchaku_kernels.ops.w4a8 import check_quantize, padded_width
 from nunchaku_kernels.reference import w4a4 as reference
 
 GROUP = reference.GROUP_SIZE
@@ -26,10 +33,9 @@ def _quantize(
     proj_down: torch.Tensor | None,
     unsigned: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = check_quantize("w4a4_quantize", x, smooth, shift, proj_down)
-    codes, ascales = reference.quantize_tokens(
-        padded_input(x, width, shift), natural_smooth(smooth), shift, unsigned=unsigned
-    )
+    width = check_quantize("w4a4_quantize", x, smooth, proj_down)
+    shifted = padded_input(x, width, shift)
+    codes, ascales = reference.quantize_tokens(shifted, natural_smooth(smooth), unsigned=unsigned)
     return codes, ascales, lowrank_activation(x, proj_down)
 
 
@@ -69,20 +75,20 @@ def _linear(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     op, device = "w4a4_linear", codes.device
-    check_tensor(op, "codes", codes, dtypes=(torch.int8,), shape=(None, None), device=device)
+    check_tensor(op, "codes", codes, dtypes=INT8, shape=(None, None), device=device)
     tokens, width = codes.shape
     check_tensor(op, "ascales", ascales, dtypes=FLOATS, shape=(tokens, width // GROUP), device=device)
-    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, width // 2), device=device)
-    check_tensor(op, "wscales", wscales, dtypes=FLOATS, shape=(width // GROUP, qweight.shape[0]), device=device)
+    rows, _ = check_weight(op, qweight, width, device)
+    check_tensor(op, "wscales", wscales, dtypes=FLOATS, shape=(width // GROUP, rows), device=device)
     check_tail(
-        op, rows=tokens, padded_out=qweight.shape[0], out_features=out_features, lora_act=lora_act, proj_up=proj_up,
+        op, rows=tokens, padded_out=rows, out_features=out_features, lora_act=lora_act, proj_up=proj_up,
         rank_scale=rank_scale, wcscales=wcscales, bias=bias, activation=activation, gate=gate, residual=residual,
         out_dtype=out_dtype, device=device,
     )  # fmt: skip
     product = reference.product(codes, ascales, unpack_qweight(qweight), unpack_wscales(wscales))
     return reference_epilogue(
-        product[:, :out_features], lora_act, proj_up, rank_scale, wcscales, bias, activation=activation, gate=gate,
-        residual=residual, out_dtype=out_dtype,
+        product, lora_act, proj_up, rank_scale, wcscales, bias, out_features=out_features, activation=activation,
+        gate=gate, residual=residual, out_dtype=out_dtype,
     )  # fmt: skip
 
 

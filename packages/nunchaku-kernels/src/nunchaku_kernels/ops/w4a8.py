@@ -9,57 +9,52 @@ from typing import Any
 
 import torch
 
+from nunchaku_kernels._checks import require_finite
 from nunchaku_kernels.formats import unpack_qweight, unpack_wscales
-from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tail, check_tensor
+from nunchaku_kernels.ops import _native
+from nunchaku_kernels.ops._checks import (
+    FLOATS,
+    FP32,
+    INT8,
+    check_quantize,
+    check_tail,
+    check_tensor,
+    check_weight,
+    padded_width,
+)
 from nunchaku_kernels.ops._library import fake, implement
 from nunchaku_kernels.ops._native import (
     ACTIVATION_CODES,
     cpu_isa,
+    dense,
+    dense_rows,
     dtype_code,
-    extension,
     pointer,
     threads,
 )
 from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, padded_input, reference_epilogue
 from nunchaku_kernels.reference import w4a8 as reference
 
-GROUP = 64
-
-
-def padded_width(x: torch.Tensor, smooth: torch.Tensor | None, proj_down: torch.Tensor | None) -> int:
-    """K after padding: from the per-channel tensors where there are any, else the width of x itself."""
-    if smooth is not None:
-        return smooth.numel()
-    return x.shape[-1] if proj_down is None else proj_down.shape[0]
-
-
-def check_quantize(
-    op: str, x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
-) -> int:
-    """Check the arguments of a quantise operator; returns the padded K."""
-    check_tensor(op, "x", x, dtypes=FLOATS, shape=(None, None), device=x.device)
-    width = padded_width(x, smooth, proj_down)
-    if x.shape[1] > width or width % GROUP:
-        raise ValueError(
-            f"{op}: `x` has {x.shape[1]} channels, the layer takes at most {width} (a multiple of {GROUP})"
-        )
-    check_optional(op, "smooth", smooth, dtypes=FLOATS, shape=(width,), device=x.device)
-    check_optional(op, "proj_down", proj_down, dtypes=FLOATS, shape=(width, None), device=x.device)
-    return width
+GROUP = reference.GROUP_SIZE
+MAX_INPUTS = 133_000
+"""Above, an int32 sum of products of two int8 values could overflow."""
 
 
 @implement("w4a8_fold_scales", "CompositeExplicitAutograd")
 def _fold_scales(qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, half = _check_weight("w4a8_fold_scales", qweight, wscales)
-    native = extension() if qweight.device.type == "cpu" else None
+    op, device = "w4a8_fold_scales", qweight.device
+    rows, width = check_weight(op, qweight, None, device)
+    check_tensor(op, "wscales", wscales, dtypes=FLOATS, shape=(width // GROUP, rows), device=device)
+    require_finite(f"{op}: `wscales`", wscales)
+    native = _native.kernels(device)
     if native is None:
         return reference.fold_scales(unpack_qweight(qweight), unpack_wscales(wscales))
-    qweight, wscales = qweight.contiguous(), wscales.contiguous()
+    qweight, wscales = dense(qweight), dense(wscales)
     row_scales = torch.empty(rows, dtype=torch.float32)
-    multipliers = torch.empty(rows, half * 2 // GROUP, dtype=torch.int16)
+    multipliers = torch.empty(rows, width // GROUP, dtype=torch.int16)
     native.w4a8_fold_scales(
-        pointer(qweight), pointer(wscales), dtype_code(wscales), rows, half * 2, pointer(row_scales),
-        pointer(multipliers), threads(),
+        pointer(qweight), pointer(wscales), dtype_code(wscales), rows, width, pointer(row_scales),
+        pointer(multipliers), threads(rows * width),
     )  # fmt: skip
     return row_scales, multipliers
 
@@ -73,28 +68,17 @@ def _(qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[torch.Tensor, torch
     )
 
 
-def _check_weight(op: str, qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[int, int]:
-    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, None), device=qweight.device)
-    rows, half = qweight.shape
-    if rows % 128 or half % 64:
-        raise ValueError(f"{op}: `qweight` must be padded to 128 rows and 64 bytes, got {tuple(qweight.shape)}")
-    check_tensor(op, "wscales", wscales, dtypes=FLOATS, shape=(half * 2 // GROUP, rows), device=qweight.device)
-    return rows, half
-
-
 @implement("w4a8_quantize", "CompositeExplicitAutograd")
 def _quantize(
     x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = check_quantize("w4a8_quantize", x, smooth, shift, proj_down)
-    native = extension() if x.device.type == "cpu" else None
+    width = check_quantize("w4a8_quantize", x, smooth, proj_down)
+    native = _native.kernels(x.device)
     if native is None:
-        codes, ascales = reference.quantize_tokens(padded_input(x, width, shift), natural_smooth(smooth), shift)
+        shifted = padded_input(x.float(), width, shift)  # in fp32: the definition does not round t to 16 bits
+        codes, ascales = reference.quantize_tokens(shifted, natural_smooth(smooth))
         return codes, ascales, lowrank_activation(x, proj_down)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    smooth = None if smooth is None else smooth.contiguous()
-    proj_down = None if proj_down is None else proj_down.contiguous()
+    x, smooth, proj_down = dense_rows(x), dense(smooth), dense(proj_down)
     tokens, channels = x.shape
     rank = 0 if proj_down is None else proj_down.shape[1]
     codes = torch.empty(tokens, width, dtype=torch.int8)
@@ -104,7 +88,7 @@ def _quantize(
         native.w4a8_quantize(
             pointer(x), dtype_code(x), tokens, channels, x.stride(0), width, pointer(smooth), dtype_code(smooth),
             shift, pointer(proj_down), dtype_code(proj_down), rank, pointer(codes), pointer(ascales),
-            pointer(lora_act), threads(), cpu_isa(),
+            pointer(lora_act), threads(tokens * channels * (rank + 8)), cpu_isa(),
         )  # fmt: skip
     return codes, ascales, lora_act
 
@@ -141,12 +125,13 @@ def _linear(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     op, device = "w4a8_linear", codes.device
-    check_tensor(op, "codes", codes, dtypes=(torch.int8,), shape=(None, None), device=device)
+    check_tensor(op, "codes", codes, dtypes=INT8, shape=(None, None), device=device)
     tokens, width = codes.shape
-    check_tensor(op, "qweight", qweight, dtypes=(torch.int8,), shape=(None, width // 2), device=device)
-    rows = qweight.shape[0]
-    check_tensor(op, "ascales", ascales, dtypes=(torch.float32,), shape=(tokens,), device=device)
-    check_tensor(op, "row_scales", row_scales, dtypes=(torch.float32,), shape=(rows,), device=device)
+    if width >= MAX_INPUTS:
+        raise ValueError(f"{op}: `codes` must have fewer than {MAX_INPUTS} channels (int32 sums), got {width}")
+    rows, _ = check_weight(op, qweight, width, device)
+    check_tensor(op, "ascales", ascales, dtypes=FP32, shape=(tokens,), device=device)
+    check_tensor(op, "row_scales", row_scales, dtypes=FP32, shape=(rows,), device=device)
     check_tensor(
         op, "group_multipliers", group_multipliers, dtypes=(torch.int16,), shape=(rows, width // GROUP), device=device
     )
@@ -155,21 +140,18 @@ def _linear(
         rank_scale=rank_scale, wcscales=wcscales, bias=bias, activation=activation, gate=gate, residual=residual,
         out_dtype=out_dtype, device=device,
     )  # fmt: skip
-    native = extension() if device.type == "cpu" else None
+    native = _native.kernels(device)
     if native is None:
         sums = reference.accumulate(codes, reference.decode_int8(unpack_qweight(qweight), group_multipliers))
-        product = sums.float() * (ascales[:, None] * row_scales)
+        product = sums.float() * ascales[:, None] * row_scales
         return reference_epilogue(
-            product[:, :out_features], lora_act, proj_up, rank_scale, wcscales, bias, activation=activation,
+            product, lora_act, proj_up, rank_scale, wcscales, bias, out_features=out_features, activation=activation,
             gate=gate, residual=residual, out_dtype=out_dtype,
         )  # fmt: skip
-
-    def whole(tensor: torch.Tensor | None) -> Any:
-        return None if tensor is None else tensor.contiguous()
-
-    codes, ascales, lora_act, qweight = whole(codes), whole(ascales), whole(lora_act), whole(qweight)
-    row_scales, group_multipliers, proj_up = whole(row_scales), whole(group_multipliers), whole(proj_up)
-    rank_scale, wcscales, bias, gate, residual = map(whole, (rank_scale, wcscales, bias, gate, residual))
+    codes, ascales, lora_act, qweight = dense(codes), dense(ascales), dense(lora_act), dense(qweight)
+    row_scales, group_multipliers, proj_up = dense(row_scales), dense(group_multipliers), dense(proj_up)
+    rank_scale, wcscales, bias = dense(rank_scale), dense(wcscales), dense(bias)
+    gate, residual = dense(gate), dense(residual)
     out = torch.empty(tokens, out_features, dtype=out_dtype)
     if tokens:
         native.w4a8_linear(
@@ -178,7 +160,7 @@ def _linear(
             pointer(rank_scale), pointer(wcscales), dtype_code(wcscales), pointer(bias), dtype_code(bias), tokens,
             rows, width, out_features, ACTIVATION_CODES[activation], pointer(gate), dtype_code(gate),
             0 if gate is None else gate.shape[0], pointer(residual), dtype_code(residual), pointer(out),
-            dtype_code(out), threads(), cpu_isa(),
+            dtype_code(out), threads(tokens * rows * width), cpu_isa(),
         )  # fmt: skip
     return out
 

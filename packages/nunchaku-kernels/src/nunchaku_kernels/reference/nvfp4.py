@@ -65,7 +65,7 @@ def _dequantize(code_name: str, codes: torch.Tensor, scale_name: str, scales: to
     rows, k = codes.shape
     require_multiple(code_name, "K", k, GROUP_SIZE)
     require_tensor(scale_name, scales, (rows, k // GROUP_SIZE), (torch.float8_e4m3fn,))
-    return (decode(codes).view(rows, -1, GROUP_SIZE) * scales.float().abs().unsqueeze(-1)).reshape(rows, k)
+    return (decode(codes).view(rows, k // GROUP_SIZE, GROUP_SIZE) * scales.float().abs().unsqueeze(-1)).reshape(rows, k)
 
 
 def linear(

@@ -72,7 +72,7 @@ def _dequantize(code_name: str, codes: torch.Tensor, scale_name: str, scales: to
     rows, k = codes.shape
     require_multiple(code_name, "K", k, GROUP_SIZE)
     require_tensor(scale_name, scales, (rows, k // GROUP_SIZE), FLOAT_DTYPES)
-    return (codes.view(rows, -1, GROUP_SIZE).float() * scales.float().unsqueeze(-1)).reshape(rows, k)
+    return (codes.view(rows, k // GROUP_SIZE, GROUP_SIZE).float() * scales.float().unsqueeze(-1)).reshape(rows, k)
 
 
 def linear(
