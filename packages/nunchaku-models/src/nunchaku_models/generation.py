@@ -18,11 +18,10 @@ from PIL import Image
 from nunchaku_kernels.ops import Arithmetic
 from nunchaku_models import demo
 from nunchaku_models.checkpoints import CheckpointError
+from nunchaku_models.dtypes import parse_dtype
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SIDE = 16384
 
@@ -280,10 +279,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     if dtype is None:
         old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
         return torch.float16 if old else torch.bfloat16
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
-    return found
+    return parse_dtype(dtype)
 
 
 def _peak_memory(device: torch.device) -> tuple[int, str]:

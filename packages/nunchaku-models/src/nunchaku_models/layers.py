@@ -122,6 +122,15 @@ def swap_layers(
     return [path for path, _ in swapped]
 
 
+def empty_model(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """A diffusers model of this configuration whose parameters have shapes and no memory."""
+    # slow to import, like diffusers, and not needed to read a file header
+    import accelerate
+
+    with accelerate.init_empty_weights():
+        return model_class.from_config(config)
+
+
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at a dotted path, which may be new, of an existing parent."""
     parent, _, name = path.rpartition(".")

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from torch import nn
 
@@ -30,12 +29,10 @@ from nunchaku_models.checkpoints import (
 )
 from nunchaku_models.checkpoints.detect import split_prefix
 from nunchaku_models.diffusers_quantizer import SVDQuantConfig, family_of, mark_quantized, placeholder_keys
+from nunchaku_models.dtypes import BY_NAME, parse_dtype
 from nunchaku_models.families import FAMILIES
-from nunchaku_models.layers import quantized_layers, set_arithmetic, swap_layers
+from nunchaku_models.layers import empty_model, quantized_layers, set_arithmetic, swap_layers
 from nunchaku_models.published import file_metadata, folder_config, plain_config, weights_name
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What the 16-bit tensors may be converted to."""
 
 
 def load_transformer(
@@ -59,11 +56,10 @@ def load_transformer(
 
     Raises:
         CheckpointError: not a quantised checkpoint of a known family, or tensors that do not fit it.
-        ValueError: an arithmetic that the file's precision does not have.
-        TypeError: a dtype that weights cannot be multiplied in.
+        ValueError: an arithmetic that the file's precision does not have, or a dtype that layers do not compute in.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"torch_dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    if dtype is not None:
+        dtype = parse_dtype(dtype, argument="torch_dtype")
     with open_checkpoint(path, **hub) as source:
         family = FAMILIES[require_family(list(source), source.where)]
         form = detect_form(source)
@@ -82,8 +78,7 @@ def load_transformer(
         names = {v1_to_v2(own.removeprefix(prefix)): own for own in own_names}
         stored = {name: source.info(own) for name, own in names.items()}
         dtype = dtype or _stored_dtype(stored)
-        with accelerate.init_empty_weights():
-            model: Any = model_class.from_config(config)
+        model = empty_model(model_class, config)
         try:
             swap_layers(model, family, config, stored, dtype=dtype)
         except ValueError as error:
@@ -169,7 +164,7 @@ def save_folder(model: nn.Module, path: str | os.PathLike[str], *, variant: str 
 def _stored_dtype(stored: Mapping[str, TensorInfo]) -> torch.dtype:
     """The 16-bit dtype of a file: that of its embedders."""
     dtype = stored["x_embedder.weight"].dtype
-    return dtype if dtype in DTYPES else torch.bfloat16
+    return dtype if dtype in BY_NAME.values() else torch.bfloat16
 
 
 def _fill(

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,21 +18,26 @@ from nunchaku_kernels.nn import GELU_SHIFT, ModulationLinear, SVDQLinear
 from nunchaku_kernels.quantize import quantize_svdq, smoothing_from_weights
 from nunchaku_kernels.quantize.modulation import quantize_modulation
 from nunchaku_models.checkpoints import (
+    Checkpoint,
     CheckpointError,
     DiffusersView,
+    ShardedReader,
     StreamingWriter,
     TensorInfo,
     atomic_folder,
     flux_config,
+    is_finite,
     open_checkpoint,
     v2_to_v1,
 )
+from nunchaku_models.checkpoints.errors import shown
+from nunchaku_models.checkpoints.sources import WEIGHT_SUFFIXES
+from nunchaku_models.dtypes import parse_dtype
 from nunchaku_models.families import FAMILIES, Family, LowRankLinear, Modulation
-from nunchaku_models.layers import PlannedLayer, plan_layers, source_columns
+from nunchaku_models.layers import PlannedLayer, empty_model, plan_layers, source_columns
 from nunchaku_models.published import WEIGHTS_NAME, file_metadata, folder_config
 
 Precision = Literal["int4", "nvfp4"]
-DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}
 MIN_IN_FEATURES = 64
 """A linear with fewer input channels than one scale group stays 16-bit."""
 
@@ -64,7 +70,9 @@ class Job:
     Attributes:
         family: the model's page.
         config: its configuration.
-        layers: the layers to quantise.
+        modulation: layers to quantise whose codes are 32-bit integers: they come first in the file, where nothing of
+            odd size before them can put them out of alignment.
+        low_rank: the other layers to quantise.
         kept: linears that could be 4-bit and are too narrow.
         copied: diffusers names of the tensors that are only converted.
         precision, rank, dtype: of the layers.
@@ -72,12 +80,18 @@ class Job:
 
     family: Family
     config: dict[str, Any]
-    layers: tuple[PlannedLayer, ...]
+    modulation: tuple[PlannedLayer, ...]
+    low_rank: tuple[PlannedLayer, ...]
     kept: tuple[str, ...]
     copied: tuple[TensorInfo, ...]
     precision: Precision
     rank: int
     dtype: torch.dtype
+
+    @property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """All layers to quantise."""
+        return self.modulation + self.low_rank
 
     def blank(self, layer: PlannedLayer, shapes: Mapping[str, tuple[int, ...]]) -> SVDQLinear | ModulationLinear:
         """The layer without memory: its parameters say what a file must hold."""
@@ -101,13 +115,19 @@ class Job:
             name=layer.path,
         )
 
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, TensorInfo]]:
-        """(path of the layer, or "" for a copied tensor; v2 name, dtype and shape) of everything to be written."""
+    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[TensorInfo]:
+        """v2 name, dtype and shape of everything to be written, in that order."""
+        for layer in self.modulation:
+            yield from self.stored(layer, shapes)
         for info in self.copied:
-            yield "", TensorInfo(info.name, self.dtype, info.shape)
-        for layer in self.layers:
-            for key, value in self.blank(layer, shapes).named_parameters():
-                yield layer.path, TensorInfo(f"{layer.path}.{key}", value.dtype, tuple(value.shape))
+            yield TensorInfo(info.name, self.dtype, info.shape)
+        for layer in self.low_rank:
+            yield from self.stored(layer, shapes)
+
+    def stored(self, layer: PlannedLayer, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[TensorInfo]:
+        """The tensors of one layer."""
+        for key, value in self.blank(layer, shapes).named_parameters():
+            yield TensorInfo(f"{layer.path}.{key}", value.dtype, tuple(value.shape))
 
 
 def plan(
@@ -148,10 +168,19 @@ def plan(
         else:
             narrow.extend(layer.sources)
     # a linear that is split by columns becomes 4-bit as a whole or not at all
-    layers = tuple(layer for layer in candidates if not set(layer.sources) & set(narrow))
+    layers = [layer for layer in candidates if not set(layer.sources) & set(narrow)]
     replaced = {f"{source}.{leaf}" for layer in layers for source in layer.sources for leaf in ("weight", "bias")}
-    copied = tuple(info for name, info in tensors.items() if name not in replaced)
-    return Job(family, config, layers, tuple(dict.fromkeys(narrow)), copied, precision, rank, dtype)
+    return Job(
+        family=family,
+        config=config,
+        modulation=tuple(layer for layer in layers if isinstance(layer.spec, Modulation)),
+        low_rank=tuple(layer for layer in layers if isinstance(layer.spec, LowRankLinear)),
+        kept=tuple(dict.fromkeys(narrow)),
+        copied=tuple(info for name, info in tensors.items() if name not in replaced),
+        precision=precision,
+        rank=rank,
+        dtype=dtype,
+    )
 
 
 def _fits(layer: PlannedLayer, shapes: list[tuple[int, ...]]) -> bool:
@@ -165,7 +194,7 @@ def _fits(layer: PlannedLayer, shapes: list[tuple[int, ...]]) -> bool:
 def predicted_bytes(job: Job, tensors: Mapping[str, TensorInfo]) -> int:
     """Bytes of the tensors that quantising will write: the formula of the file size, without the header."""
     shapes = {name: info.shape for name, info in tensors.items()}
-    return sum(info.nbytes for _, info in job.tensors(shapes))
+    return sum(info.nbytes for info in job.tensors(shapes))
 
 
 def quantize_checkpoint(
@@ -200,25 +229,30 @@ def quantize_checkpoint(
     if precision not in ("int4", "nvfp4"):
         raise ValueError(f"precision must be 'int4' or 'nvfp4', got {precision!r}")
     exact: Precision = "nvfp4" if precision == "nvfp4" else "int4"
-    if isinstance(rank, bool) or not 0 <= rank <= 1024 or rank % 16:
+    if type(rank) is not int or not 0 <= rank <= 1024 or rank % 16:
         raise ValueError(f"rank must be a multiple of 16 from 0 to 1024, got {rank}")
-    half = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if half not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be bfloat16 or float16, got {dtype}")
-    target = Path(output)
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed}")
+    half = parse_dtype(dtype, allowed=(torch.bfloat16, torch.float16))
+    target = Path(output).expanduser()
+    single_file = target.suffix in WEIGHT_SUFFIXES
+    if target.suffix in (".bin", ".ckpt", ".gguf", ".pt", ".pth"):
+        raise ValueError(f"{target}: {target.suffix} files are not written; name a .safetensors file or a folder")
     with open_checkpoint(model, **hub) as source:
+        _check_not_source(target, source)
         view = DiffusersView(source)
         config = flux_config(source)
         tensors = {name: view.info(name) for name in view}
-        job = plan(FAMILIES["flux"], config, tensors, precision=exact, rank=rank, dtype=half)
+        family = FAMILIES["flux"]
+        _check_complete(family, config, tensors, source.where)
+        job = plan(family, config, tensors, precision=exact, rank=rank, dtype=half)
         if not job.layers:
             raise CheckpointError(f"{source.where}: no layer is wide enough to be quantised")
-        single_file = target.suffix in (".safetensors", ".sft")
         with contextlib.ExitStack() as stack:
             if single_file:
                 file = target
             else:
-                folder = stack.enter_context(_output_folder(target, Path(model)))
+                folder = stack.enter_context(_output_folder(target, Path(model).expanduser()))
                 file = folder / WEIGHTS_NAME
                 text = folder_config(job.family.transformer_class, config, precision, rank)
                 (folder / "config.json").write_text(text)
@@ -233,6 +267,35 @@ def quantize_checkpoint(
     )
 
 
+def _check_complete(family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Raise unless `tensors` are exactly those of the model: hours later is too late to find one missing."""
+    import diffusers  # takes seconds
+
+    model = empty_model(getattr(diffusers, family.transformer_class), config)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing:
+        raise CheckpointError(
+            f"{where} is incomplete: {len(missing)} tensors are missing, such as {', '.join(missing[:3])}"
+        )
+    if unknown:
+        names = ", ".join(shown(name) for name in unknown[:3])
+        raise CheckpointError(f"{where} holds {len(unknown)} tensors that {family.name} does not have, such as {names}")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"tensor '{name}' in {where} has shape {list(tensors[name].shape)}, {list(shape)} is expected; the "
+                "file is damaged or of another model"
+            )
+
+
+def _check_not_source(target: Path, source: Checkpoint) -> None:
+    readers = source.readers if isinstance(source, ShardedReader) else [source]
+    for file in (Path(reader.where) for reader in readers):
+        if target.exists() and (target.samefile(file) or target.samefile(file.parent)):
+            raise CheckpointError(f"{target} is the model to be quantised itself; choose another output")
+
+
 def _numel(info: TensorInfo) -> int:
     return info.nbytes // info.dtype.itemsize
 
@@ -240,6 +303,7 @@ def _numel(info: TensorInfo) -> int:
 @contextlib.contextmanager
 def _output_folder(target: Path, model: Path) -> Iterator[Path]:
     """The folder for the transformer: inside a copy of the rest of the pipeline, if `model` is a pipeline folder."""
+    target = Path(os.path.realpath(target))
     if not (model / "model_index.json").is_file():
         with atomic_folder(target, ["config.json", WEIGHTS_NAME]) as folder:
             yield folder
@@ -248,10 +312,12 @@ def _output_folder(target: Path, model: Path) -> Iterator[Path]:
         raise CheckpointError(f"{target} exists; a whole pipeline is only written to a new or empty folder")
     if model.resolve() in target.resolve().parents:
         raise CheckpointError(f"{target} lies inside the pipeline it is made from; choose another place")
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target} cannot be written: the folder {target.parent} does not exist; create it first")
+    temporary = target.with_name(f"{target.name[:100]}.tmp-{secrets.token_hex(6)}")
     try:
         try:
-            shutil.copytree(model, temporary, ignore=lambda at, _: ["transformer"] if Path(at) == model else [])
+            shutil.copytree(model, temporary, ignore=lambda at, names: _not_copied(names) if Path(at) == model else [])
             (temporary / "transformer").mkdir()
         except OSError as error:
             raise CheckpointError(f"{target} cannot be written: {error}") from error
@@ -261,14 +327,15 @@ def _output_folder(target: Path, model: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _not_copied(names: list[str]) -> list[str]:
+    """What a pipeline folder holds beside its parts: the 16-bit transformer, single-file releases, version control."""
+    return [name for name in names if name == "transformer" or name.startswith(".") or name.endswith(WEIGHT_SUFFIXES)]
+
+
 def _write(view: DiffusersView, job: Job, file: Path, *, published: bool, seed: int, progress: bool) -> int:
     shapes = {name: view.info(name).shape for name in view}
     rename = v2_to_v1 if published else str
-    owners: dict[str, str] = {}
-    infos = []
-    for path, info in job.tensors(shapes):
-        owners[rename(info.name)] = path
-        infos.append(TensorInfo(rename(info.name), info.dtype, info.shape))
+    infos = [TensorInfo(rename(info.name), info.dtype, info.shape) for info in job.tensors(shapes)]
     metadata = {"format": "pt"}
     if published:
         metadata = file_metadata(job.family.transformer_class, job.config, job.precision, job.rank)
@@ -278,19 +345,24 @@ def _write(view: DiffusersView, job: Job, file: Path, *, published: bool, seed: 
         tqdm(total=total, unit="param", unit_scale=True, desc="quantize", disable=not progress) as bar,
         StreamingWriter(file, infos, metadata) as writer,
     ):
+
+        def write(layers: tuple[PlannedLayer, ...]) -> None:
+            for layer in layers:
+                values = _quantize_layer(view, job, layer, smoothing, torch.Generator().manual_seed(seed))
+                for info in job.stored(layer, shapes):
+                    writer.write(rename(info.name), values[info.name.removeprefix(f"{layer.path}.")])
+                for source in layer.sources:
+                    view.release(f"{source}.weight")
+                    rows, width = shapes[f"{source}.weight"]
+                    start, stop = _columns(layer, width, rows)
+                    bar.update(rows * (stop - start))
+
+        write(job.modulation)
         for info in job.copied:
             writer.write(rename(info.name), _converted(view, info.name, job.dtype))
             view.release(info.name)
             bar.update(_numel(info))
-        for layer in job.layers:
-            values = _quantize_layer(view, job, layer, smoothing, torch.Generator().manual_seed(seed))
-            for key, _ in job.blank(layer, shapes).named_parameters():
-                writer.write(rename(f"{layer.path}.{key}"), values[key])
-            for source in layer.sources:
-                view.release(f"{source}.weight")
-                rows, width = shapes[f"{source}.weight"]
-                start, stop = _columns(layer, width, rows)
-                bar.update(rows * (stop - start))
+        write(job.low_rank)
         bar.update(total - bar.n)
     return writer.nbytes
 
@@ -302,9 +374,17 @@ def _columns(layer: PlannedLayer, width: int, rows: int) -> tuple[int, int]:
 
 def _converted(view: DiffusersView, name: str, dtype: torch.dtype) -> torch.Tensor:
     value = view.tensor(name).to(dtype)
-    if not value.isfinite().all():
+    if not is_finite(value):
         raise CheckpointError(f"tensor '{name}' in {view.where} holds NaN, infinity or values too large for {dtype}")
     return value
+
+
+def _suspect(view: DiffusersView, names: Iterable[str]) -> str:
+    """Where the values come from that a layer could not be made of: the first tensor that is not finite, if any."""
+    for name in names:
+        if name in view and not is_finite(view.tensor(name)):
+            return f"tensor '{name}' in {view.where} holds NaN or infinity; the file is damaged, get it again"
+    return ""
 
 
 def _weight(view: DiffusersView, layer: PlannedLayer) -> torch.Tensor:
@@ -332,24 +412,35 @@ def _quantize_layer(
 ) -> Mapping[str, torch.Tensor]:
     """Tensor name inside the layer -> published tensor."""
     try:
-        if isinstance(layer.spec, Modulation):
-            return quantize_modulation(_weight(view, layer), _bias(view, layer), layer.spec.num_chunks, dtype=job.dtype)
-        weight = _weight(view, layer)
-        rows = [view.info(f"{source}.weight").shape[0] for source in layer.sources]
-        quantized = quantize_svdq(
-            weight,
-            _bias(view, layer),
-            precision=job.precision,
-            rank=job.rank,
-            smooth=smoothing.of(layer),
-            shift=GELU_SHIFT if layer.spec.after_gelu and job.precision == "int4" else 0.0,
-            segments=rows,
-            dtype=job.dtype,
-            generator=generator,
-        )
-        return pack_svdq(quantized)
+        values = _packed(view, job, layer, smoothing, generator)
+        too_large = [key for key, value in values.items() if not is_finite(value)]
+        if too_large:
+            raise ValueError(f"values too large for {job.dtype} ({', '.join(too_large)})")
     except ValueError as error:
-        raise CheckpointError(f"{view.where}: {' + '.join(layer.sources)}: {error}") from error
+        sources = [source for member in smoothing.sharing(layer) for source in member.sources]
+        suspect = _suspect(view, [f"{source}.{leaf}" for source in sources for leaf in ("weight", "bias")])
+        raise CheckpointError(suspect or f"{view.where}: {' + '.join(layer.sources)}: {error}") from error
+    return values
+
+
+def _packed(
+    view: DiffusersView, job: Job, layer: PlannedLayer, smoothing: "_Smoothing", generator: torch.Generator
+) -> Mapping[str, torch.Tensor]:
+    weight, bias = _weight(view, layer), _bias(view, layer)
+    if isinstance(layer.spec, Modulation):
+        return quantize_modulation(weight, bias, layer.spec.num_chunks, dtype=job.dtype)
+    quantized = quantize_svdq(
+        weight,
+        bias,
+        precision=job.precision,
+        rank=job.rank,
+        smooth=smoothing.of(layer),
+        shift=GELU_SHIFT if layer.spec.after_gelu and job.precision == "int4" else 0.0,
+        segments=[view.info(f"{source}.weight").shape[0] for source in layer.sources],
+        dtype=job.dtype,
+        generator=generator,
+    )
+    return pack_svdq(quantized)
 
 
 class _Smoothing:
@@ -359,10 +450,13 @@ class _Smoothing:
         self._view = view
         self._dtype = job.dtype
         self._groups: dict[str, list[PlannedLayer]] = {}
-        for layer in job.layers:
-            if isinstance(layer.spec, LowRankLinear):
-                self._groups.setdefault(layer.smooth_with or layer.path, []).append(layer)
+        for layer in job.low_rank:
+            self._groups.setdefault(layer.smooth_with or layer.path, []).append(layer)
         self._vectors: dict[str, torch.Tensor] = {}
+
+    def sharing(self, layer: PlannedLayer) -> list[PlannedLayer]:
+        """The layers with the same vector, this one first."""
+        return [layer, *self._groups.get(layer.smooth_with or layer.path, [])]
 
     def of(self, layer: PlannedLayer) -> torch.Tensor:
         """The vector (K,) of the layer's group, kept until its last member asked."""
