@@ -26,8 +26,18 @@ __all__ = [
     "check_tail",
     "check_tensor",
     "check_weight",
+    "device_of",
     "padded_width",
 ]
+
+
+def device_of(op: str, name: str, tensor: torch.Tensor) -> torch.device:
+    """Device of an operator's first tensor, where the others have to be. torch lets None through to Python kernels.
+
+    Raises:
+        TypeError: not a tensor.
+    """
+    return require_tensor(f"{op}: `{name}`", tensor).device
 
 
 def check_tensor(
@@ -42,16 +52,17 @@ def check_tensor(
     """Raise unless `tensor` is dense, of one of `dtypes` and of `shape` (None matches any size), and on `device`.
 
     Raises:
-        TypeError: wrong dtype or layout.
+        TypeError: not a tensor, or wrong dtype or layout.
         ValueError: wrong shape or device, or a gradient is asked of an operator, which has none.
     """
     if (
-        tensor.dtype not in dtypes
+        not isinstance(tensor, torch.Tensor)
+        or tensor.dtype not in dtypes
         or tensor.layout is not torch.strided
         or tensor.dim() != len(shape)
         or any(size != given for size, given in zip(shape, tensor.shape, strict=True) if size is not None)
     ):
-        if tensor.layout is not torch.strided:
+        if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
             raise TypeError(f"{op}: `{name}`: expected a dense tensor, got layout {tensor.layout}")
         require_tensor(f"{op}: `{name}`", tensor, tuple(shape), dtypes)
     if tensor.device != device:
@@ -91,14 +102,15 @@ def padded_width(x: torch.Tensor, smooth: torch.Tensor | None, proj_down: torch.
 
 def check_quantize(op: str, x: torch.Tensor, smooth: torch.Tensor | None, proj_down: torch.Tensor | None) -> int:
     """Check the tensors of a quantise operator; returns the padded K."""
-    check_tensor(op, "x", x, dtypes=FLOATS, shape=(None, None), device=x.device)
+    device = device_of(op, "x", x)
+    check_tensor(op, "x", x, dtypes=FLOATS, shape=(None, None), device=device)
     width = padded_width(x, smooth, proj_down)
     if not 0 < x.shape[1] <= width or width % CHANNEL_ALIGNMENT:
         raise ValueError(
             f"{op}: `x` has {x.shape[1]} channels, expected 1 to {width} padded to a multiple of {CHANNEL_ALIGNMENT}"
         )
-    check_optional(op, "smooth", smooth, dtypes=FLOATS, shape=(width,), device=x.device)
-    check_optional(op, "proj_down", proj_down, dtypes=FLOATS, shape=(width, None), device=x.device)
+    check_optional(op, "smooth", smooth, dtypes=FLOATS, shape=(width,), device=device)
+    check_optional(op, "proj_down", proj_down, dtypes=FLOATS, shape=(width, None), device=device)
     if proj_down is not None and proj_down.shape[1] % 16:
         raise ValueError(f"{op}: `proj_down` must have a rank that is a multiple of 16, got {proj_down.shape[1]}")
     return width

@@ -16,6 +16,7 @@ from nunchaku_kernels.ops._checks import (
     check_tail,
     check_tensor,
     check_weight,
+    device_of,
     padded_width,
 )
 from nunchaku_kernels.ops._library import fake, implement
@@ -68,7 +69,8 @@ def _linear(
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    op, device = "nvfp4_linear", codes.device
+    op = "nvfp4_linear"
+    device = device_of(op, "codes", codes)
     fp8 = (torch.float8_e4m3fn,)
     check_tensor(op, "codes", codes, dtypes=INT8, shape=(None, None), device=device)
     tokens, width = codes.shape

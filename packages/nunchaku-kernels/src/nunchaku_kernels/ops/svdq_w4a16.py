@@ -10,7 +10,15 @@ import torch
 
 from nunchaku_kernels.formats import unpack_micro_scales, unpack_qweight, unpack_vector, unpack_wscales
 from nunchaku_kernels.formats.e2m1 import decode
-from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_quantize, check_tail, check_tensor, check_weight
+from nunchaku_kernels.ops._checks import (
+    FLOATS,
+    check_optional,
+    check_quantize,
+    check_tail,
+    check_tensor,
+    check_weight,
+    device_of,
+)
 from nunchaku_kernels.ops._library import fake, implement
 from nunchaku_kernels.ops._unpack import lowrank_activation, padded_input, reference_epilogue
 
@@ -61,12 +69,16 @@ def _linear(
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    op, device = "svdq_w4a16_linear", x.device
+    op = "svdq_w4a16_linear"
+    device = device_of(op, "x", x)
     width = check_quantize(op, x, smooth, proj_down)
     rows, _ = check_weight(op, qweight, width, device)
+    check_tensor(
+        op, "wscales", wscales, dtypes=(*FLOATS, torch.float8_e4m3fn), shape=(None, rows), device=device
+    )  # fmt: skip
     group = 16 if wscales.dtype == torch.float8_e4m3fn else 64
-    dtypes = (*FLOATS, torch.float8_e4m3fn)
-    check_tensor(op, "wscales", wscales, dtypes=dtypes, shape=(width // group, rows), device=device)
+    if wscales.shape[0] * group != width:
+        raise ValueError(f"{op}: `wscales` must have {width // group} rows, got {wscales.shape[0]}")
     check_optional(op, "wtscale", wtscale, dtypes=FLOATS, shape=(1,), device=device)
     lora_act = lowrank_activation(x, proj_down)
     check_tail(

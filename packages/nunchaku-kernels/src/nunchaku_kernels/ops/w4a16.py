@@ -4,7 +4,7 @@ import torch
 
 from nunchaku_kernels.formats import padded_groups, unpack_awq, unpack_awq_scales
 from nunchaku_kernels.ops import _native
-from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tensor
+from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tensor, device_of
 from nunchaku_kernels.ops._library import fake, implement
 from nunchaku_kernels.ops._native import cpu_isa, dense, dense_rows, dtype_code, pointer, threads
 from nunchaku_kernels.reference import w4a16 as reference
@@ -22,13 +22,14 @@ def _linear(
     bias: torch.Tensor | None,
     group_size: int,
 ) -> torch.Tensor:
-    op, device = "w4a16_linear", x.device
+    op = "w4a16_linear"
+    device = device_of(op, "x", x)
     check_tensor(op, "x", x, dtypes=FLOATS, shape=(None, None), device=device)
     tokens, width = x.shape
     if group_size not in GROUP_SIZES or width == 0 or width % group_size:
         raise ValueError(f"{op}: `group_size` must be 64 or 128 and divide the {width} channels of x, got {group_size}")
-    container = qweight.dtype
     check_tensor(op, "qweight", qweight, dtypes=(torch.int32, torch.int16), shape=(None, None), device=device)
+    container = qweight.dtype
     if qweight.shape[0] == 0 or qweight.shape[1] * container.itemsize != width * 2:
         raise ValueError(f"{op}: `qweight` must hold rows of {width} channels, got {container} {tuple(qweight.shape)}")
     rows, groups = qweight.shape[0] * 4, padded_groups(width // group_size, group_size)

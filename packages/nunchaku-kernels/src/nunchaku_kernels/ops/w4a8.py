@@ -20,6 +20,7 @@ from nunchaku_kernels.ops._checks import (
     check_tail,
     check_tensor,
     check_weight,
+    device_of,
     padded_width,
 )
 from nunchaku_kernels.ops._library import fake, implement
@@ -42,7 +43,8 @@ MAX_INPUTS = 133_000
 
 @implement("w4a8_fold_scales", "CompositeExplicitAutograd")
 def _fold_scales(qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    op, device = "w4a8_fold_scales", qweight.device
+    op = "w4a8_fold_scales"
+    device = device_of(op, "qweight", qweight)
     rows, width = check_weight(op, qweight, None, device)
     check_tensor(op, "wscales", wscales, dtypes=FLOATS, shape=(width // GROUP, rows), device=device)
     require_finite(f"{op}: `wscales`", wscales)
@@ -124,7 +126,8 @@ def _linear(
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    op, device = "w4a8_linear", codes.device
+    op = "w4a8_linear"
+    device = device_of(op, "codes", codes)
     check_tensor(op, "codes", codes, dtypes=INT8, shape=(None, None), device=device)
     tokens, width = codes.shape
     if width >= MAX_INPUTS:
