@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from nunchaku_kernels import __version__
-from nunchaku_kernels.ops import ARITHMETICS, default_arithmetic
-from nunchaku_kernels.ops._native import ISA_VARIABLE, cpu_isa, extension
+from nunchaku_kernels.ops import ARITHMETICS, _native, default_arithmetic
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,14 @@ class Report:
 def examine() -> Report:
     """Look at this machine. Never raises: what is wrong is listed in `problems`."""
     problems: list[str] = []
-    native = extension()
+    native = _native.extension()
     isas = [] if native is None else list(native.isas())
     if native is None:
         problems.append(
             "the compiled extension is missing: reinstall nunchaku-kernels with a C++ compiler on the machine"
         )
-    try:
-        forced = cpu_isa()
-    except ValueError as error:
-        problems.append(str(error))
     else:
-        if forced:
-            problems.append(f"{ISA_VARIABLE}={forced} holds the CPU kernels back")
+        problems += _forced_isa(isas)
     devices = [_cpu(isas), *_cuda(problems)]
     if torch.backends.mps.is_available():
         devices.append(_device("mps", "Apple GPU", ["no 4-bit kernels for this device: weights are dequantised"]))
@@ -77,6 +71,16 @@ def examine() -> Report:
     )
 
 
+def _forced_isa(isas: list[str]) -> list[str]:
+    try:
+        forced = _native.cpu_isa()
+    except ValueError as error:
+        return [str(error)]
+    if forced and forced != isas[-1]:
+        return [f"{_native.ISA_VARIABLE}={forced} holds the CPU kernels back, this machine runs {isas[-1]}"]
+    return []
+
+
 def _device(device: str, name: str, notes: list[str]) -> Device:
     picked = {precision: default_arithmetic(precision, torch.device(device)) for precision in ARITHMETICS}
     return Device(device, name, {precision: str(arithmetic) for precision, arithmetic in picked.items()}, notes)
@@ -88,7 +92,16 @@ def _cpu(isas: list[str]) -> Device:
         notes.insert(0, "plain-torch kernels only")
     elif isas == ["portable"]:
         notes.insert(0, "no AVX2: the portable kernels are slow")
-    return _device("cpu", platform.processor() or platform.machine(), notes)
+    return _device("cpu", _cpu_name(), notes)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return next(iter(names), "") or platform.processor() or platform.machine() or "unknown"
 
 
 def _cuda(problems: list[str]) -> list[Device]:
@@ -99,7 +112,7 @@ def _cuda(problems: list[str]) -> list[Device]:
         try:
             name = torch.cuda.get_device_name(index)
             major, minor = torch.cuda.get_device_capability(index)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             problems.append(f"cuda:{index}: {error}")
             continue
         note = (

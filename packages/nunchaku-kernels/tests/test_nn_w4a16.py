@@ -1,0 +1,169 @@
+"""`W4A16Linear` and `ModulationLinear` against the float linears they were made from and against their reference."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nunchaku_kernels import reference
+from nunchaku_kernels.formats import (
+    from_channel_major,
+    pack_awq,
+    pack_awq_int16,
+    pack_awq_scales,
+    unpack_awq,
+    unpack_awq_scales,
+)
+from nunchaku_kernels.nn import ModulationLinear, W4A16Linear
+from nunchaku_kernels.quantize import quantize_w4a16
+from nunchaku_kernels.quantize.modulation import quantize_modulation
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROUNDING = {torch.float32: 2**-18, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make_layer(
+    n: int = 20, k: int = 128, group_size: int = 64, container: torch.dtype = torch.int32, bias: bool = True
+) -> tuple[W4A16Linear, torch.Tensor]:
+    """A layer, and the weight it holds."""
+    codes, scales, zeros = quantize_w4a16(randn(n, k), group_size, symmetric=False, dtype=torch.bfloat16)
+    layer = W4A16Linear(k, n, bias=bias, group_size=group_size, container=container, device="meta", name="block.wo")
+    tensors = {
+        "qweight": pack_awq(codes) if container == torch.int32 else pack_awq_int16(codes),
+        "wscales": pack_awq_scales(scales, group_size),
+        "wzeros": pack_awq_scales(zeros, group_size),
+    }
+    layer.load_packed(tensors | ({"bias": randn(n, seed=1, dtype=torch.bfloat16)} if bias else {}))
+    return layer, reference.w4a16.dequantize(codes, scales, zeros).float()
+
+
+def make_modulation(chunks: int, channels: int = 8, k: int = 64) -> tuple[ModulationLinear, torch.Tensor, torch.Tensor]:
+    """A layer, and the weight and bias it stands for, chunk-major, without the folded 1."""
+    n = chunks * channels
+    weight, bias = randn(n, k) / 8, randn(n, seed=1)
+    layer = ModulationLinear(k, n, num_chunks=chunks, device="meta", name="norm1.linear")
+    layer.load_packed(quantize_modulation(weight, bias, chunks))
+    scales, zeros = (unpack_awq_scales(tensor, k, 64) for tensor in (layer.wscales, layer.wzeros))
+    stored = reference.w4a16.dequantize(unpack_awq(layer.qweight), scales, zeros).float()
+    return layer, from_channel_major(stored, chunks), bias
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_forward_is_the_dequantised_linear(data: st.DataObject) -> None:
+    group_size = data.draw(st.sampled_from([64, 128]))
+    n, k = 4 * data.draw(st.integers(1, 12)), group_size * data.draw(st.integers(1, 3))
+    container, dtype = data.draw(st.sampled_from([torch.int32, torch.int16])), data.draw(st.sampled_from(DTYPES))
+    layer, weight = make_layer(n, k, group_size, container, data.draw(st.booleans()))
+    shape = data.draw(st.sampled_from([(), (0,), (1,), (3,), (2, 0), (2, 3), (1, 2, 3)]))
+    x = randn(*shape, k, dtype=dtype)
+    y = layer(x)
+    expected = x.float() @ weight.t() + (0 if layer.bias is None else layer.bias.float())
+    assert y.dtype == dtype
+    atol = ROUNDING[dtype] * float(expected.abs().amax()) if y.numel() else 0.0
+    torch.testing.assert_close(y.float(), expected, rtol=ROUNDING[dtype], atol=atol)
+    start = data.draw(st.integers(0, n - 1))
+    stop = data.draw(st.integers(start + 1, n))
+    assert torch.equal(layer(x, rows=(start, stop)), y[..., start:stop])
+    assert layer.weight.shape == (n, k)
+
+
+@pytest.mark.parametrize("chunks", [3, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_modulation_is_the_original_linear(chunks: int, dtype: torch.dtype) -> None:
+    layer, weight, bias = make_modulation(chunks)
+    x = randn(2, 64, dtype=dtype)
+    expected = x.float() @ weight.t() + bias
+    tolerance = 2**-6 if dtype == torch.bfloat16 else 2**-7  # the stored bias has 8 bits
+    torch.testing.assert_close(layer(x).float(), expected, rtol=tolerance, atol=4 * tolerance)
+    assert layer(x).dtype == dtype
+    plain, stored = expected.chunk(chunks, dim=-1), layer.chunks(x)
+    for index, (one, other) in enumerate(zip(stored, plain, strict=True)):
+        folded = other + 1 if index in (1, chunks - 2) else other
+        torch.testing.assert_close(one.float(), folded, rtol=tolerance, atol=4 * tolerance)
+    torch.testing.assert_close(layer.natural_bias().float(), bias, rtol=2**-7, atol=2**-7)
+    assert torch.equal(layer(x, rows=(3, 17)), layer(x)[..., 3:17])
+    assert layer(x[None]).shape == (1, 2, chunks * 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_those_of_the_dequantised_weight(dtype: torch.dtype) -> None:
+    layer, weight = make_layer()
+    layer.bias.requires_grad_()
+    x = randn(3, 2, 128, dtype=dtype).requires_grad_()
+    y = layer(x, rows=(3, 18))
+    seed = randn(*y.shape, seed=5, dtype=dtype)
+    dx, db = torch.autograd.grad(y, [x, layer.bias], seed)
+    expected = seed.float() @ weight[3:18]
+    atol = 2 * ROUNDING[dtype] * float(expected.abs().max())
+    torch.testing.assert_close(dx.float(), expected, rtol=2 * ROUNDING[dtype], atol=atol)
+    torch.testing.assert_close(db[3:18].float(), seed.float().sum(dim=(0, 1)), rtol=2**-7, atol=2**-6)
+    modulation, _, _ = make_modulation(6)
+    x = randn(1, 64).requires_grad_()
+    modulation(x).sum().backward()
+    assert x.grad.any()
+
+
+def test_copies_conversions_and_state() -> None:
+    layer, x = make_modulation(6)[0], randn(2, 64)
+    y = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), y)
+    empty = ModulationLinear(64, 48, num_chunks=6)
+    empty.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(empty(x), y)
+    layer.half()
+    assert (layer.qweight.dtype, layer.wzeros.dtype, layer.weight.dtype) == (torch.int32, torch.float16, torch.float16)
+    torch.testing.assert_close(layer(x), y, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_features": 96}, ValueError, "`in_features`"), ({"in_features": 64}, ValueError, "`in_features`.*128"),
+        ({"out_features": 6}, ValueError, "`out_features`"), ({"group_size": 0}, ValueError, "`group_size`.*0"),
+        ({"group_size": 32}, ValueError, "`group_size`"), ({"group_size": 256}, ValueError, "`group_size`"),
+        ({"container": torch.int8}, TypeError, "`container`.*int8"), ({"dtype": torch.int32}, TypeError, "`dtype`"),
+    ],
+)  # fmt: skip
+def test_wrong_layers_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"t5: .*{message}"):
+        W4A16Linear(**({"in_features": 128, "out_features": 8, "group_size": 128, "name": "t5"} | arguments))
+
+
+@pytest.mark.parametrize("chunks", [-3, 0, 1, 2, 4, 5, 7])
+def test_wrong_chunks_are_refused(chunks: int) -> None:
+    with pytest.raises(ValueError, match="norm: `num_chunks` must be 3 or 6"):
+        ModulationLinear(64, 840, num_chunks=chunks, name="norm")
+    with pytest.raises(ValueError, match=r"norm: .*`out_features`"):
+        ModulationLinear(64, 8, num_chunks=3, name="norm")
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (-1, 4), (4, 3), (0, 49)])
+def test_wrong_calls_name_the_layer(rows: tuple[int, int]) -> None:
+    layer, x = make_modulation(6)[0], randn(2, 64)
+    with pytest.raises(ValueError, match=r"norm1\.linear: `rows`.*0\.\.48"):
+        layer(x, rows=rows)
+    plain, _ = make_layer(n=48)
+    with pytest.raises(ValueError, match=r"block\.wo: `rows`.*0\.\.48"):
+        plain(randn(2, 128), rows=rows)
+    with pytest.raises(TypeError, match=r"block\.wo: `rows`"):
+        plain(randn(2, 128), rows=(0, 4.0))
+    for wrong, error in (
+        (randn(2, 63), ValueError),
+        (x.double(), TypeError),
+        (x.to("meta"), ValueError),
+        (None, TypeError),
+    ):
+        with pytest.raises(error, match=r"norm1\.linear: `x`"):
+            layer(wrong)
+        with pytest.raises(error, match=r"norm1\.linear: `x`"):
+            layer.chunks(wrong)
