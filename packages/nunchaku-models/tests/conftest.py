@@ -147,7 +147,8 @@ def forward() -> Callable[..., torch.Tensor]:
 
 def relative_error(given: torch.Tensor, wanted: torch.Tensor) -> float:
     """Root mean square of the difference over that of `wanted`."""
-    return float((given.float() - wanted.float()).norm() / wanted.float().norm())
+    given, wanted = given.detach().float(), wanted.detach().float()
+    return float((given - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(scope="session")

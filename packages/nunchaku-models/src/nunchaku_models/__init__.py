@@ -20,6 +20,8 @@ __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY: dict[str, str] = {
+    # diffusers looks for a loadable base class in the module that a saved pipeline names for a part: this one
+    "ModelMixin": "diffusers",
     "NunchakuFluxTransformer2DModel": "nunchaku_models.flux",
     "NunchakuFluxTransformer2dModel": "nunchaku_models.flux",
     "arithmetics": "nunchaku_models.layers",

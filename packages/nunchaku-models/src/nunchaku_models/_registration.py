@@ -6,7 +6,7 @@ diffusers has no registration function and takes seconds to import. If it is not
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -15,10 +15,15 @@ _TARGET = "diffusers.quantizers.auto"
 
 def register_with_diffusers() -> None:
     """Make `quant_method: svdquant` known to diffusers as soon as diffusers is there. Idempotent."""
-    if _TARGET in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    after_import(_TARGET, _register)
+
+
+def after_import(target: str, action: Callable[[], None]) -> None:
+    """Call `action` once the module `target` is imported; now, if it is."""
+    if target in sys.modules:
+        action()
+    elif not any(isinstance(finder, _AfterImport) and finder.target == target for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(target, action))
 
 
 def _register() -> None:
@@ -28,22 +33,32 @@ def _register() -> None:
 
 
 class _AfterImport:
-    """Finds `_TARGET` where the other finders find it, and registers once it was executed."""
+    """Finds `target` where the other finders find it, and calls `action` after it was executed."""
+
+    def __init__(self, target: str, action: Callable[[], None]) -> None:
+        self.target = target
+        self._action = action
+        self._searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TARGET:
+        if fullname != self.target or self._searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             execute(module)
-            _register()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            self._action()
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # this spec's own loader
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]  # this spec's own loader
         return spec

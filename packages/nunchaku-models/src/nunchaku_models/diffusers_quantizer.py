@@ -15,9 +15,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from nunchaku_kernels.nn import LinearSlice, QuantizedLinear
-from nunchaku_models.checkpoints import SafetensorsReader, TensorInfo
+from nunchaku_models.checkpoints import CheckpointError, SafetensorsReader, TensorInfo, is_finite
 from nunchaku_models.families import FAMILIES, Family
-from nunchaku_models.layers import swap_layers
+from nunchaku_models.layers import check_names, swap_layers
 from nunchaku_models.published import GROUP_SIZES, QUANT_METHOD, quantization_entries
 
 
@@ -61,6 +61,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: SVDQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._stored: dict[str, TensorInfo] = {}
+        self._where = ""
         self._dtype = torch.bfloat16
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -74,17 +75,26 @@ class SVDQuantQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Read the headers: they say which layers are 4-bit, with which rank and which optional tensors."""
         self._stored = {}
+        self._where = str(checkpoint_files[0]) if len(checkpoint_files) == 1 else str(Path(checkpoint_files[0]).parent)
         for file in checkpoint_files:
             with SafetensorsReader(Path(file)) as reader:
                 self._stored.update({name: reader.info(name) for name in reader})
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> nn.Module:
-        family = family_of(model)
-        swap_layers(model, family, model.config, self._stored, dtype=self._dtype)
+        try:
+            swapped = swap_layers(model, family_of(model), model.config, self._stored, dtype=self._dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{self._where}: {error}") from error
+        if not swapped:
+            raise CheckpointError(f"{self._where} holds no 4-bit layers, though its config says so; get it again")
+        check_names(model, self._stored, self._where)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name, value in model.named_parameters():
+            if not value.is_meta and not is_finite(value):
+                raise CheckpointError(f"{self._where}: {name} holds NaN or infinity; the file is damaged, get it again")
         family = family_of(model)
         if family.prepare is not None:
             family.prepare(model)

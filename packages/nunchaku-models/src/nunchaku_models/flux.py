@@ -7,9 +7,6 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-# diffusers looks for a loadable base class in the module that a saved pipeline's model_index.json names: this one
-from diffusers.models.modeling_utils import ModelMixin as ModelMixin
-
 from nunchaku_kernels.ops import Arithmetic
 from nunchaku_models.layers import set_arithmetic
 from nunchaku_models.loading import load_transformer, save_file, save_folder
@@ -33,6 +30,10 @@ class NunchakuFluxTransformer2DModel(FluxTransformer2DModel):
     Modules keep diffusers' names and blocks; hooks, attention processors, ControlNet residuals and offloading work as
     on the 16-bit model.
     """
+
+    # What a saved pipeline's model_index.json says. diffusers loads classes only from modules that are imported
+    # already, and `import nunchaku_models` alone should do.
+    __module__ = "nunchaku_models"
 
     @classmethod
     def from_pretrained(

@@ -1,6 +1,6 @@
 """Swapping a model's linears for 4-bit layers, as its family's page declares and as the stored tensors say."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from nunchaku_kernels.nn import (
 )
 from nunchaku_kernels.ops import Arithmetic
 from nunchaku_models.checkpoints import CheckpointError
+from nunchaku_models.checkpoints.errors import shown
 from nunchaku_models.families import Family, LowRankLinear, Modulation
 
 
@@ -131,6 +132,15 @@ def empty_model(model_class: Any, config: Mapping[str, Any]) -> Any:
         return model_class.from_config(config)
 
 
+def check_names(model: nn.Module, stored: Iterable[str], where: str) -> None:
+    """Raise `CheckpointError` unless the parameters of a model, its layers swapped, are exactly the `stored` tensors."""
+    wanted, given = {name for name, _ in model.named_parameters()}, set(stored)
+    for names, which in ((wanted - given, "does not have"), (given - wanted, "has more than the model:")):
+        if names:
+            sample = ", ".join(sorted(shown(name) for name in names)[:3])
+            raise CheckpointError(f"{where} {which} {len(names)} tensors, such as {sample}")
+
+
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at a dotted path, which may be new, of an existing parent."""
     parent, _, name = path.rpartition(".")
@@ -193,7 +203,7 @@ def _modulation(
         linear.in_features,
         linear.out_features,
         num_chunks=spec.num_chunks,
-        bias=f"{layer.path}.bias" in stored,
+        bias=_has_bias(layer, [linear], stored),
         container=stored[f"{layer.path}.qweight"].dtype,
         dtype=dtype,
         device=device,
@@ -223,7 +233,7 @@ def _low_rank(
         columns[1] - columns[0],
         row,
         rank=down.shape[-1] if down is not None and down.shape else 0,
-        bias=f"{layer.path}.bias" in stored,
+        bias=_has_bias(layer, linears, stored),
         precision="nvfp4" if nvfp4 else "int4",
         shift=GELU_SHIFT if spec.after_gelu and not nvfp4 else 0.0,
         smooth_orig=f"{layer.path}.smooth_factor_orig" in stored,
@@ -234,6 +244,12 @@ def _low_rank(
         name=layer.path,
         origin=tuple(origin),
     )
+
+
+def _has_bias(layer: PlannedLayer, linears: list[nn.Linear], stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether the layer must have a bias: if its linears have one (that of a split linear is on its last part)."""
+    first_part = isinstance(layer.spec, LowRankLinear) and layer.spec.columns == "head"
+    return f"{layer.path}.bias" in stored or (any(linear.bias is not None for linear in linears) and not first_part)
 
 
 def _check_shapes(path: str, owner: QuantizedLinear, stored: Mapping[str, StoredTensor]) -> None:

@@ -31,7 +31,7 @@ from nunchaku_models.checkpoints.detect import split_prefix
 from nunchaku_models.diffusers_quantizer import SVDQuantConfig, family_of, mark_quantized, placeholder_keys
 from nunchaku_models.dtypes import BY_NAME, parse_dtype
 from nunchaku_models.families import FAMILIES
-from nunchaku_models.layers import empty_model, quantized_layers, set_arithmetic, swap_layers
+from nunchaku_models.layers import check_names, empty_model, quantized_layers, set_arithmetic, swap_layers
 from nunchaku_models.published import file_metadata, folder_config, plain_config, weights_name
 
 
@@ -171,14 +171,8 @@ def _fill(
     model: nn.Module, source: Checkpoint, names: Mapping[str, str], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Give every parameter on the meta device its stored value."""
-    wanted = dict(model.named_parameters())
-    unknown = sorted(names.keys() - wanted.keys())
-    missing = sorted(wanted.keys() - names.keys())
-    if missing or unknown:
-        which = "does not have" if missing else "has more than the model:"
-        sample = ", ".join((missing or unknown)[:3])
-        raise CheckpointError(f"{source.where} {which} {len(missing or unknown)} tensors, such as {sample}")
-    for name, parameter in wanted.items():
+    check_names(model, names, source.where)
+    for name, parameter in [*model.named_parameters()]:
         given = source.tensor(names[name])
         # a factor of the whole tensor is stored with one dimension or with none
         if given.shape != parameter.shape and given.numel() + parameter.numel() != 2:

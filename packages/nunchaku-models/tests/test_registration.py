@@ -1,0 +1,121 @@
+"""diffusers learns of the quantisation method whichever package is imported first, and is never imported for it."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from diffusers.quantizers import auto
+
+import nunchaku_models
+from nunchaku_models._registration import _AfterImport, after_import, register_with_diffusers
+from nunchaku_models.diffusers_quantizer import SVDQuantConfig, SVDQuantQuantizer
+from nunchaku_models.flux import NunchakuFluxTransformer2DModel
+
+
+@pytest.fixture
+def late_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module that is on the path and not imported yet."""
+    (tmp_path / "late_package").mkdir()
+    (tmp_path / "late_package" / "__init__.py").write_text("")
+    (tmp_path / "late_package" / "late.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "late_package.late"
+    for name in ("late_package", "late_package.late"):
+        sys.modules.pop(name, None)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "target", "") != "late_package.late"]
+
+
+def test_action_runs_after_the_import_and_once(late_module: str) -> None:
+    seen: list[int] = []
+
+    def action() -> None:
+        seen.append(sys.modules[late_module].value)  # executed, not merely found
+
+    after_import(late_module, action)
+    after_import(late_module, action)
+    assert importlib.util.find_spec(late_module) is not None  # somebody only asks whether the module exists
+    assert seen == []
+    assert importlib.import_module(late_module).value == 1
+    assert seen == [1]
+    assert not any(isinstance(finder, _AfterImport) for finder in sys.meta_path)
+    after_import(late_module, action)
+    assert seen == [1, 1]
+
+
+def test_a_failing_import_stays_a_failing_import(late_module: str, tmp_path: Path) -> None:
+    (tmp_path / "late_package" / "late.py").write_text("raise RuntimeError('broken')\n")
+    after_import(late_module, lambda: None)
+    with pytest.raises(RuntimeError, match="broken"):
+        importlib.import_module(late_module)
+    (tmp_path / "late_package" / "late.py").unlink()
+    importlib.invalidate_caches()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(late_module)
+
+
+def test_diffusers_imported_first() -> None:
+    """conftest.py imports diffusers before nunchaku_models."""
+    assert auto.AUTO_QUANTIZER_MAPPING["svdquant"] is SVDQuantQuantizer
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["svdquant"] is SVDQuantConfig
+    register_with_diffusers()
+    assert auto.AUTO_QUANTIZER_MAPPING["svdquant"] is SVDQuantQuantizer
+
+
+def test_importing_the_package_is_enough_for_a_pipeline_that_names_our_class(
+    pipeline_folder: Path, int4_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = NunchakuFluxTransformer2DModel.from_pretrained(int4_file)
+    FluxPipeline.from_pretrained(pipeline_folder, transformer=model, torch_dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "saved"
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nunchaku_models"]:
+        monkeypatch.delitem(sys.modules, name)
+    for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(mapping, "svdquant")
+    with pytest.raises(ValueError, match="import nunchaku_models"):  # diffusers imports nothing a file names
+        FluxPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    importlib.import_module("nunchaku_models")
+    pipe = FluxPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    assert type(pipe.transformer).__name__ == "NunchakuFluxTransformer2DModel"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, pipe.transformer.state_dict()[name]), name
+
+
+SCRIPT = """
+import contextlib, io, sys
+import nunchaku_models
+from nunchaku_models.cli.main import main
+assert nunchaku_models.__version__
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+    main(["--help"])
+assert "quantize" in shown.getvalue()
+assert "torch" not in sys.modules
+with contextlib.redirect_stdout(io.StringIO()) as shown:
+    assert main(["inspect", sys.argv[1]]) == 0
+assert "int4" in shown.getvalue()
+slow = {"diffusers", "transformers", "accelerate"} & sys.modules.keys()
+assert not slow, slow
+from diffusers.quantizers import auto
+assert auto.AUTO_QUANTIZER_MAPPING["svdquant"].__module__ == "nunchaku_models.diffusers_quantizer"
+print("fine")
+"""
+
+
+def test_fresh_process(int4_file: Path) -> None:
+    """Help and inspect import nothing slow; diffusers imported later knows the method."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(int4_file)], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_public_names() -> None:
+    for name in nunchaku_models.__all__:
+        assert getattr(nunchaku_models, name) is not None
+        assert name in dir(nunchaku_models)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        nunchaku_models.no_such_thing  # noqa: B018
