@@ -23,7 +23,9 @@ from nunchaku_models.dtypes import parse_dtype
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_SIDE = 16384
+MAX_SIDE = 4096
+"""Pixels; four times what the models were trained for, and a size whose picture still fits into memory."""
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,28 @@ def parse_size(text: str) -> tuple[int, int]:
     return sides
 
 
+def check_steps(steps: int) -> int:
+    """The number of denoising steps, if it is one.
+
+    Raises:
+        ValueError: below 1 or above 1000.
+    """
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be from 1 to {MAX_STEPS}, got {steps}")
+    return steps
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if a generator takes it.
+
+    Raises:
+        ValueError: negative, or of more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
+    return seed
+
+
 def check_picture_path(path: Path) -> Path:
     """The path, if a picture can be written there.
 
@@ -156,6 +180,13 @@ def load_pipeline(
         raise ValueError(
             f"{model} is a transformer file; add --base with the pipeline that has the text encoders and VAE"
         )
+    root = base if base is not None else model
+    local = Path(root).expanduser()
+    if local.exists() and not (local / "model_index.json").is_file():
+        what = "" if base is not None else "; if it is a transformer, add --base with the pipeline that has the rest"
+        raise CheckpointError(f"{root} is not a pipeline folder: it has no model_index.json{what}")
+    if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(root)) is None:
+        raise CheckpointError(f"{root} is neither a folder nor a hub id such as 'org/repo'")
 
     import diffusers  # takes seconds; everything above fails without it
 
@@ -165,16 +196,15 @@ def load_pipeline(
     parts: dict[str, Any] = {}
     if base is not None:
         parts["transformer"] = NunchakuFluxTransformer2DModel.from_pretrained(model, dtype=half)
-    root = base if base is not None else model
-    local = Path(root).expanduser()
-    if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(root)) is None:
-        raise CheckpointError(f"{root} is neither a folder nor a hub id such as 'org/repo'")
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             str(local) if local.exists() else os.fspath(root), dtype=half, use_safetensors=True, **parts
         )
-    except (OSError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{root} cannot be loaded as a pipeline: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # diffusers, transformers, tokenizers and safetensors share no base class of errors
+        raise CheckpointError(f"{root} cannot be loaded as a pipeline: {type(error).__name__}: {error}") from error
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
         raise CheckpointError(f"{root}: {type(pipeline).__name__} has no transformer; FLUX.1 pipelines are supported")
@@ -223,7 +253,13 @@ def generate(
         seed: of the noise, drawn on the CPU so that every device gives the same picture.
         steps: denoising steps.
         size: (width, height) in pixels.
+
+    Raises:
+        ValueError: a seed or number of steps out of range, or an argument that the pipeline does not take.
     """
+    check_seed(seed)
+    if steps is not None:
+        check_steps(steps)
     given = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
@@ -269,6 +305,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"device {name!r} cannot be used here: {reason}") from error

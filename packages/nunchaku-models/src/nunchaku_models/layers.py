@@ -133,7 +133,7 @@ def empty_model(model_class: Any, config: Mapping[str, Any]) -> Any:
 
 
 def check_names(model: nn.Module, stored: Iterable[str], where: str) -> None:
-    """Raise `CheckpointError` unless the parameters of a model, its layers swapped, are exactly the `stored` tensors."""
+    """Raise `CheckpointError` unless the parameters of `model`, its layers swapped, are the stored tensors."""
     wanted, given = {name for name, _ in model.named_parameters()}, set(stored)
     for names, which in ((wanted - given, "does not have"), (given - wanted, "has more than the model:")):
         if names:

@@ -50,12 +50,20 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check what can be checked cheaply, load, draw, write, report."""
-    from nunchaku_models.generation import check_picture_path, generate, load_pipeline, parse_size
+    from nunchaku_models.generation import (
+        check_picture_path,
+        check_seed,
+        check_steps,
+        generate,
+        load_pipeline,
+        parse_size,
+    )
 
     output = check_picture_path(Path(args.output))
     size = None if args.size is None else parse_size(args.size)
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {args.steps}")
+    check_seed(args.seed)
+    if args.steps is not None:
+        check_steps(args.steps)
     loaded = load_pipeline(
         args.model,
         base=args.base,

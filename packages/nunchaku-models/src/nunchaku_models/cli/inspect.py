@@ -43,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
             value = ", ".join(map(str, value)) or "-"
         elif key == "bytes":
             value = f"{value:,} ({value / 2**30:.2f} GiB)"
-        print(f"{key.replace('_', ' '):<22} {'-' if value is None else value}")
+        print(f"{key.replace('_', ' '):<22} {'-' if value is None else printable(str(value))}")
     for tensor in tensors:
-        print(f"  {tensor['name']} {tensor['dtype']} {tensor['shape']}")
+        print(f"  {printable(tensor['name'])} {tensor['dtype']} {tensor['shape']}")
     return 0
+
+
+def printable(text: str) -> str:
+    """`text` if a terminal shows it as it is; else with escapes, since it comes from an untrusted file."""
+    return text if text.isascii() and text.isprintable() else ascii(text)

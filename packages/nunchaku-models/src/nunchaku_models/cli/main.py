@@ -5,6 +5,7 @@ sub-parser collection, adds its parser and sets `run` to a function of the parse
 """
 
 import argparse
+import contextlib
 import importlib
 import logging
 import sys
@@ -16,8 +17,15 @@ from nunchaku_models import __version__
 ENTRY_POINTS = "nunchaku.commands"
 COMMANDS = ("generate", "quantize", "inspect", "doctor")
 
+VERBOSE = "log what happens, and show tracebacks of errors"
+
 EXIT_BAD_INPUT = 2
+EXIT_INTERNAL = 1
 EXIT_INTERRUPTED = 130
+
+# What a file, a path, an argument, a device or an installation that is not as it should be raises. Anything else is
+# a mistake in this program.
+BAD_INPUT = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="`nunchaku <command> --help` explains a command, with examples.",
     )
     parser.add_argument("--version", action="version", version=f"nunchaku-models {__version__}")
-    parser.add_argument("--verbose", action="store_true", help="log what happens, and show tracebacks of errors")
+    parser.add_argument("--verbose", action="store_true", help=VERBOSE)
     subparsers = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for name in COMMANDS:
         importlib.import_module(f"nunchaku_models.cli.{name}").register(subparsers)
@@ -37,12 +45,23 @@ def build_parser() -> argparse.ArgumentParser:
             entry.load()(subparsers)
         except Exception as error:
             # one broken plug-in must not take the other commands away
-            print(f"nunchaku: the command {entry.name!r} is not available: {error}", file=sys.stderr)
+            print(f"nunchaku: the command {entry.name!r} is not available: {one_line(error)}", file=sys.stderr)
+    for command in subparsers.choices.values():
+        # after the command too; SUPPRESS keeps what was said before it
+        with contextlib.suppress(argparse.ArgumentError):
+            command.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=VERBOSE)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Entry point of the console script.
+
+    Returns:
+        The exit code: 0, 1 for a mistake of this program, 2 for bad input, 130 when interrupted.
+
+    Raises:
+        SystemExit: the arguments cannot be understood (code 2), or help was asked for (code 0).
+    """
     args = build_parser().parse_args(argv)
     if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -53,11 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if args.verbose:
             raise
-        print(f"nunchaku: error: {one_line(error)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        if isinstance(error, BAD_INPUT):
+            print(f"nunchaku: error: {one_line(error)}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        print(
+            f"nunchaku: internal error ({type(error).__name__}: {one_line(error)}); run it with --verbose and report "
+            "what it shows",
+            file=sys.stderr,
+        )
+        return EXIT_INTERNAL
     return int(result or 0)
 
 
