@@ -15,18 +15,22 @@ class _Source(NamedTuple):
     """What a source tensor looked like when the value was made."""
 
     storage: "weakref.ref[torch.UntypedStorage]"
+    storage_bytes: int
     address: int
     version: int
     dtype: torch.dtype
-    samples: tuple[bytes, ...]
+    sampled: tuple[int, ...]
+    samples: list[bytes]
 
     def is_still(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage()
         return (
-            self.storage() is tensor.untyped_storage()
+            self.storage() is storage
+            and self.storage_bytes == storage.nbytes()
             and self.address == tensor.data_ptr()
             and self.version == _version(tensor)
             and self.dtype == tensor.dtype
-            and self.samples == _samples(tensor)
+            and self.samples == _read(self.sampled)
         )
 
 
@@ -73,8 +77,16 @@ class DerivedTensors:
             if owner is not None and entry is not None and any(source.storage is dead for source in entry.sources):
                 owner.clear()
 
-        storage = weakref.ref(tensor.untyped_storage(), forget)
-        return _Source(storage, tensor.data_ptr(), _version(tensor), tensor.dtype, _samples(tensor))
+        storage, sampled = tensor.untyped_storage(), _sample_addresses(tensor)
+        return _Source(
+            weakref.ref(storage, forget),
+            storage.nbytes(),
+            tensor.data_ptr(),
+            _version(tensor),
+            tensor.dtype,
+            sampled,
+            _read(sampled),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DerivedTensors":
         return DerivedTensors()
@@ -87,12 +99,14 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # an inference tensor has no version counter
 
 
-def _samples(tensor: torch.Tensor) -> tuple[bytes, ...]:
-    """A few short runs of bytes, evenly spread over a CPU tensor."""
-    size = tensor.nbytes
-    if not tensor.is_cpu or size < _SAMPLE_BYTES or not tensor.is_contiguous():
+def _sample_addresses(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where to look for changes of a CPU tensor: a few places, evenly spread."""
+    size, address = tensor.nbytes, tensor.data_ptr()
+    if not tensor.is_cpu or not address or size < _SAMPLE_BYTES or not tensor.is_contiguous():
         return ()
-    address, step = tensor.data_ptr(), (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
-    if not address:
-        return ()  # storage was released
-    return tuple(ctypes.string_at(address + i * step, _SAMPLE_BYTES) for i in range(_SAMPLES))
+    step = (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
+    return tuple(address + i * step for i in range(_SAMPLES))
+
+
+def _read(addresses: tuple[int, ...]) -> list[bytes]:
+    return [ctypes.string_at(address, _SAMPLE_BYTES) for address in addresses]

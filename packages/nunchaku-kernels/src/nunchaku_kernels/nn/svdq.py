@@ -195,13 +195,12 @@ class SVDQLinear(QuantizedLinear):
             gate, residual = _widened(gate, start - first), _widened(residual, start - first)
         tail = _Tail(first, stop, activation, gate, residual, x.dtype)
 
-        def run() -> torch.Tensor:
-            arithmetic = self.arithmetic
-            q = None if arithmetic == "w4a16" else self._quantize(tokens, arithmetic)
-            return self._multiply(arithmetic, q, tokens, tail)
-
-        differentiable = (tokens, gate, residual, self.proj_down, self.proj_up, self.bias, self.wcscales)
-        y = straight_through(run, functools.partial(self._surrogate, tail), *differentiable, self.rank_scale)
+        if torch.is_grad_enabled():
+            run, surrogate = functools.partial(self._compute, tokens, tail), functools.partial(self._surrogate, tail)
+            low_rank = (self.proj_down, self.proj_up, self.bias, self.wcscales, self.rank_scale)
+            y = straight_through(run, surrogate, tokens, gate, residual, *low_rank)
+        else:
+            y = self._compute(tokens, tail)
         if first != start:
             y = y[:, start - first :]
         return y if x.dim() == 2 else y.reshape(shape)
@@ -242,6 +241,12 @@ class SVDQLinear(QuantizedLinear):
                 )
         return QuantizedActivation(*parts)
 
+    def _compute(self, x: torch.Tensor, tail: "_Tail") -> torch.Tensor:
+        """`forward` of a matrix (M, in_features), by operators."""
+        arithmetic = self.arithmetic
+        q = None if arithmetic == "w4a16" else self._quantize(x, arithmetic)
+        return self._multiply(arithmetic, q, x, tail)
+
     def _multiply(
         self, arithmetic: Arithmetic, q: QuantizedActivation | None, x: torch.Tensor | None, tail: "_Tail"
     ) -> torch.Tensor:
@@ -252,8 +257,9 @@ class SVDQLinear(QuantizedLinear):
         operators = torch.ops.nunchaku_kernels
         qweight = self._rows(self.qweight, first, last)
         if arithmetic == "w4a8":
-            row_scales, multipliers = (self._rows(tensor, first, last) for tensor in self._folded_scales())
-            y = operators.w4a8_linear(*q, qweight, row_scales, multipliers, *low_rank, **keywords)  # type: ignore[misc]
+            row_scales, multipliers = self._folded_scales()
+            folded = self._rows(row_scales, first, last), self._rows(multipliers, first, last)
+            y = operators.w4a8_linear(*q, qweight, *folded, *low_rank, **keywords)  # type: ignore[misc]
         elif arithmetic == "w4a4":
             wscales = self._group_scales(first, last)
             y = operators.w4a4_linear(*q, qweight, wscales, *low_rank, **keywords)  # type: ignore[misc]
@@ -304,6 +310,8 @@ class SVDQLinear(QuantizedLinear):
         """What the operators cannot say: torch would compute nothing, silently, if one tensor were on "meta"."""
         if activation not in ACTIVATIONS:
             raise ValueError(f"{self.label()}: `activation` must be one of {ACTIVATIONS}, got {activation!r}")
+        if gate is None and residual is None:
+            return
         for name, tensor in (("gate", gate), ("residual", residual)):
             if tensor is None:
                 continue

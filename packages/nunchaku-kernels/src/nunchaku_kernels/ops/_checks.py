@@ -59,8 +59,7 @@ def check_tensor(
         not isinstance(tensor, torch.Tensor)
         or tensor.dtype not in dtypes
         or tensor.layout is not torch.strided
-        or tensor.dim() != len(shape)
-        or any(size != given for size, given in zip(shape, tensor.shape, strict=True) if size is not None)
+        or not _fits(tensor.shape, shape)
     ):
         if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
             raise TypeError(f"{op}: `{name}`: expected a dense tensor, got layout {tensor.layout}")
@@ -71,6 +70,15 @@ def check_tensor(
         raise ValueError(
             f"{op}: `{name}` requires grad, operators have no gradient: call the layer, or use torch.no_grad()"
         )
+
+
+def _fits(given: Sequence[int], shape: Sequence[int | None]) -> bool:
+    if len(given) != len(shape):
+        return False
+    for size, wanted in zip(given, shape, strict=True):  # noqa: SIM110 - `all` takes three times as long, ten times a call
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 def check_optional(
