@@ -210,7 +210,7 @@ def mutations(tensor: torch.Tensor) -> st.SearchStrategy[torch.Tensor]:
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", SCHEMAS)
 @given(data=st.data())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_arguments_never_crash(
     random_weights: RandomWeights, monkeypatch: pytest.MonkeyPatch, name: str, native: bool, data: st.DataObject
 ) -> None:
