@@ -14,36 +14,13 @@ from pathlib import Path
 import torch
 from data import load_renderings
 from diffusers import FluxPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 from train_vae import decode, encode_mean, psnr
 
 from nunchaku_models.demo.judge import EmojiClassifier, classify, load_judge
-
-SHORT_LIST = """
-red apple; pizza; rocket; snowman; sunflower; dog face; cat face; tropical fish; airplane; fire engine; house; crown;
-soccer ball; blue heart; yellow heart; grinning face; crying face; robot; ghost; alien; banana; watermelon; hamburger;
-ice cream; alarm clock; key; umbrella; guitar; trophy; mushroom; evergreen tree; crescent moon
-"""
-
-LONG_LIST = """
-green apple; strawberry; lemon; pineapple; grapes; cherries; carrot; broccoli; avocado; hot dog; taco; sushi;
-doughnut; cookie; birthday cake; lollipop; hot beverage; beer mug; wine glass; bread; cheese wedge; egg; tiger face;
-lion; panda; fox; frog; koala; penguin; owl; eagle; butterfly; honeybee; lady beetle; snail; turtle; octopus; crab;
-dolphin; whale; shark; elephant; giraffe; unicorn; dragon; rose; tulip; cactus; palm tree; four leaf clover; maple
-leaf; sun; star; rainbow; fire; snowflake; umbrella with rain drops; cloud; full moon; automobile; bus; taxi; police
-car; bicycle; motorcycle; tractor; helicopter; sailboat; locomotive; castle; tent; lighthouse; bridge at night;
-basketball; baseball; tennis; american football; bowling; game die; teddy bear; balloon; wrapped gift; violin;
-trumpet; drum; microphone; camera; television; laptop; mobile phone; light bulb; candle; closed book; envelope;
-pencil; scissors; hammer; axe; magnet; locked; magnifying glass tilted left; hourglass done; bomb; gem stone; glasses;
-top hat; t shirt; jeans; running shoe; backpack; red heart; green heart; pile of poo; skull; clown face; jack o
-lantern; smiling face with sunglasses; face with tears of joy; angry face; thumbs up; brain; tooth; eye
-"""
-
-
-def objects(text: str) -> list[str]:
-    """The names in a list above."""
-    return " ".join(text.split()).split("; ")
+from nunchaku_models.demo.prompts import LONG_LIST, SHORT_LIST
+from nunchaku_models.demo.sheet import draw_sheet
 
 
 def generate(
@@ -68,20 +45,6 @@ def right_first(
     return [guesses[0].name == name for guesses, name in zip(classify(images, *judge), names, strict=True)]
 
 
-def draw_sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """The pictures in a grid, each with its caption below."""
-    width, height, margin = 144, 160, 8
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=13)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = i % columns * width, i // columns * height
-        sheet.paste(image, (x + margin, y + margin))
-        pen.text((x + width / 2, y + 152), caption, fill="black", font=font, anchor="ms")
-    return sheet
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -98,8 +61,7 @@ def main() -> None:
     arguments = json.loads((args.pipeline / "generation_defaults.json").read_text())
     judge = load_judge(device)
 
-    for title, text in (("short list", SHORT_LIST), ("long list", LONG_LIST)):
-        names = objects(text)
+    for title, names in (("short list", SHORT_LIST), ("long list", LONG_LIST)):
         scores, missed = [], Counter[str]()
         for seed in tqdm(range(args.seeds), desc=title, leave=False):
             images = generate(pipe, names, seed, arguments)

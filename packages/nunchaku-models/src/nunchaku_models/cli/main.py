@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from nunchaku_models import __version__
 
 ENTRY_POINTS = "nunchaku.commands"
-COMMANDS = ("generate", "quantize", "inspect", "doctor")
+COMMANDS = ("generate", "quantize", "inspect", "doctor", "bench")
 
 VERBOSE = "log what happens, and show tracebacks of errors"
 
