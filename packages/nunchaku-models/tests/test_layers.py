@@ -8,6 +8,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 
@@ -145,6 +146,20 @@ def test_hooks_and_wrappers_of_a_slice_act_once(
     assert torch.equal(forward(model), wanted)
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_fusing_projections_that_are_fused_changes_nothing(
+    stock: bool, model: Any, forward: Forward, wanted: torch.Tensor, tmp_path: Path
+) -> None:
+    """diffusers would concatenate the placeholder weights of the slices into a linear of zeros."""
+    if stock:
+        model.save_pretrained(tmp_path / "folder")
+        model = FluxTransformer2DModel.from_pretrained(tmp_path / "folder", torch_dtype=torch.bfloat16)
+    model.fuse_qkv_projections()
+    assert torch.equal(forward(model), wanted)
+    model.unfuse_qkv_projections()
+    assert torch.equal(forward(model), wanted)
+
+
 def test_hooks_of_an_owner_run(model: Any, forward: Forward, wanted: torch.Tensor) -> None:
     calls: list[int] = []
     model.transformer_blocks[0].attn.to_qkv.register_forward_pre_hook(lambda module, args: calls.append(1))
@@ -237,11 +252,24 @@ def test_weights_written_behind_a_layers_back(model: Any, forward: Forward, want
 
 
 def test_compiled_blocks(model: Any, forward: Forward, error: Error, wanted: torch.Tensor) -> None:
-    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    model.single_transformer_blocks[0].compile(backend="eager", fullgraph=True)
     try:
         assert error(forward(model), wanted) < 0.02
     finally:
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.float16), lambda m: m.half(), lambda m: m.to("cpu", torch.float16)]
+)
+@pytest.mark.parametrize("which", ["int4_file", "nvfp4_file"])
+def test_casting_after_loading(which: str, cast: Any, request: pytest.FixtureRequest, forward: Forward) -> None:
+    """As loading with that dtype; what is stored in 4 and 8 bits stays as it is."""
+    file = request.getfixturevalue(which)
+    model = cast(NunchakuFluxTransformer2DModel.from_pretrained(file))
+    loaded = NunchakuFluxTransformer2DModel.from_pretrained(file, torch_dtype=torch.float16)
+    assert model.dtype == torch.float16
+    assert torch.equal(forward(model, dtype=torch.float16), forward(loaded, dtype=torch.float16))
 
 
 # ----------------------------------------------------------------- arithmetic

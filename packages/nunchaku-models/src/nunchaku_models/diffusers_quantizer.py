@@ -14,11 +14,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from nunchaku_kernels.formats.svdq import GROUP_SIZES, Precision
 from nunchaku_kernels.nn import LinearSlice, QuantizedLinear
 from nunchaku_models.checkpoints import CheckpointError, SafetensorsReader, TensorInfo, is_finite
 from nunchaku_models.families import FAMILIES, Family
 from nunchaku_models.layers import check_names, swap_layers
-from nunchaku_models.published import GROUP_SIZES, QUANT_METHOD, quantization_entries
+from nunchaku_models.published import QUANT_METHOD, quantization_entries
 
 
 class _Method(StrEnum):
@@ -43,7 +44,7 @@ class SVDQuantConfig(QuantizationConfigMixin):
                 f"quantization_config: {precision} has groups of {GROUP_SIZES[precision]}, got {group_size}"
             )
         self.quant_method = _Method.SVDQUANT
-        self.precision = precision
+        self.precision: Precision = "nvfp4" if precision == "nvfp4" else "int4"
         self.rank = rank
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import FluxTransformer2DModel
 
 from nunchaku_kernels.ops import Arithmetic
-from nunchaku_models.layers import set_arithmetic
+from nunchaku_models.layers import quantized_layers, set_arithmetic
 from nunchaku_models.loading import load_transformer, save_file, save_folder
 
 _PIPELINE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -111,6 +111,24 @@ class NunchakuFluxTransformer2DModel(FluxTransformer2DModel):
             save_file(self, save_directory)
         else:
             save_folder(self, save_directory, variant=variant)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast; what is stored in 4 or 8 bits keeps its dtype."""
+        # diffusers refuses to cast any quantised model, because most methods cannot
+        self.is_quantized = False
+        try:
+            super().to(*args, **kwargs)
+        finally:
+            self.is_quantized = bool(quantized_layers(self))
+        return self
+
+    def half(self) -> Self:
+        """Cast to float16, see `to`."""
+        return self.to(torch.float16)
+
+    def float(self) -> Self:
+        """Cast to float32, see `to`."""
+        return self.to(torch.float32)
 
     def set_arithmetic(self, arithmetic: Arithmetic | None) -> None:
         """Choose how 4-bit layers are multiplied, for this model; None for the device's best.

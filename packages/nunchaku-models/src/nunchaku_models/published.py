@@ -5,12 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from nunchaku_kernels.formats.svdq import GROUP_SIZES, Precision
 from nunchaku_models.checkpoints import FileMetadata, QuantizationMetadata, build_metadata, comfy_config
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 QUANT_METHOD = "svdquant"
-GROUP_SIZES = {"int4": 64, "nvfp4": 16}
-"""Precision -> input channels per weight scale."""
 
 
 def weights_name(variant: str | None = None) -> str:
@@ -26,7 +25,7 @@ def weights_name(variant: str | None = None) -> str:
     return WEIGHTS_NAME.replace(".", f".{variant}.")
 
 
-def quantization_entries(precision: str, rank: int) -> dict[str, Any]:
+def quantization_entries(precision: Precision, rank: int) -> dict[str, Any]:
     """`quantization_config` of a quantised diffusers folder."""
     return {
         "quant_method": QUANT_METHOD,
@@ -36,12 +35,12 @@ def quantization_entries(precision: str, rank: int) -> dict[str, Any]:
     }
 
 
-def file_metadata(transformer_class: str, config: Mapping[str, Any], precision: str, rank: int) -> dict[str, str]:
+def file_metadata(transformer_class: str, config: Mapping[str, Any], precision: Precision, rank: int) -> dict[str, str]:
     """Metadata entries of a published file (spec, checkpoint_format section 1)."""
     return build_metadata(
         FileMetadata(
             config={"_class_name": transformer_class, **config},
-            quantization=QuantizationMetadata(precision, rank),  # type: ignore[arg-type]
+            quantization=QuantizationMetadata(precision, rank),
             comfy_config=comfy_config(config),
             model_class=f"Nunchaku{transformer_class.replace('2DModel', '2dModel')}",
         )
@@ -53,7 +52,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_") and k != "quantization_config"}
 
 
-def folder_config(transformer_class: str, config: Mapping[str, Any], precision: str, rank: int) -> str:
+def folder_config(transformer_class: str, config: Mapping[str, Any], precision: Precision, rank: int) -> str:
     """`config.json` of a quantised transformer folder."""
     quantization = quantization_entries(precision, rank)
     entries = {"_class_name": transformer_class, **config, "quantization_config": quantization}

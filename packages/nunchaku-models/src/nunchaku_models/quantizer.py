@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from nunchaku_kernels.formats import pack_svdq
+from nunchaku_kernels.formats.svdq import Precision
 from nunchaku_kernels.nn import GELU_SHIFT, ModulationLinear, SVDQLinear
 from nunchaku_kernels.quantize import quantize_svdq, smoothing_from_weights
 from nunchaku_kernels.quantize.modulation import quantize_modulation
@@ -37,7 +38,6 @@ from nunchaku_models.families import FAMILIES, Family, LowRankLinear, Modulation
 from nunchaku_models.layers import PlannedLayer, empty_model, plan_layers, source_columns
 from nunchaku_models.published import WEIGHTS_NAME, file_metadata, folder_config
 
-Precision = Literal["int4", "nvfp4"]
 MIN_IN_FEATURES = 64
 """A linear with fewer input channels than one scale group stays 16-bit."""
 
@@ -254,7 +254,7 @@ def quantize_checkpoint(
             else:
                 folder = stack.enter_context(_output_folder(target, Path(model).expanduser()))
                 file = folder / WEIGHTS_NAME
-                text = folder_config(job.family.transformer_class, config, precision, rank)
+                text = folder_config(job.family.transformer_class, config, exact, rank)
                 (folder / "config.json").write_text(text)
             nbytes = _write(view, job, file, published=single_file, seed=seed, progress=progress)
     return QuantizeReport(

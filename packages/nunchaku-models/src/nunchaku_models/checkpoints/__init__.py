@@ -1,5 +1,6 @@
 """Reading and writing weight files, safely, and the names of the tensors in them."""
 
+from nunchaku_kernels.formats.svdq import Precision
 from nunchaku_models.checkpoints.detect import (
     Form,
     detect_family,
@@ -16,7 +17,6 @@ from nunchaku_models.checkpoints.flux_config import comfy_config, flux_config, i
 from nunchaku_models.checkpoints.flux_keys import v1_to_v2, v2_to_v1
 from nunchaku_models.checkpoints.metadata import (
     FileMetadata,
-    Precision,
     QuantizationMetadata,
     build_metadata,
     parse_metadata,

@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
+from nunchaku_kernels.formats.svdq import Precision
 from nunchaku_models.checkpoints.errors import CheckpointError, shown
 from nunchaku_models.checkpoints.flux_keys import BFL_PREFIXES, MODULES_V1_V2
-from nunchaku_models.checkpoints.metadata import Precision, QuantizationMetadata, parse_quantization
+from nunchaku_models.checkpoints.metadata import QuantizationMetadata, parse_quantization
 from nunchaku_models.checkpoints.safetensors_file import TensorSource
 
 Form = Literal["diffusers", "bfl", "nunchaku-v1", "nunchaku-v2", "nunchaku-lite"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from nunchaku_models.checkpoints.errors import CheckpointError, shown
 from nunchaku_models.checkpoints.safetensors_header import TensorInfo
+from nunchaku_models.families.flux import FLUX
 
 # ----------------------------------------------------------------------------------------------------- v1 and v2 names
 
@@ -24,28 +25,13 @@ _SUFFIXES_V1_V2 = (
     (".lora_down", ".proj_down"),
     (".lora_up", ".proj_up"),
 )
-# Inside a block; modules that are not listed have the same name in both.
+# Block prefix -> module inside the block -> its v2 name, for modules whose names differ: as the family's page has them.
 MODULES_V1_V2: dict[str, dict[str, str]] = {
-    "transformer_blocks": {
-        "qkv_proj": "attn.to_qkv",
-        "qkv_proj_context": "attn.add_qkv_proj",
-        "norm_q": "attn.norm_q",
-        "norm_k": "attn.norm_k",
-        "norm_added_q": "attn.norm_added_q",
-        "norm_added_k": "attn.norm_added_k",
-        "out_proj": "attn.to_out.0",
-        "out_proj_context": "attn.to_add_out",
-        "mlp_fc1": "ff.net.0.proj",
-        "mlp_fc2": "ff.net.2",
-        "mlp_context_fc1": "ff_context.net.0.proj",
-        "mlp_context_fc2": "ff_context.net.2",
-    },
-    "single_transformer_blocks": {
-        "qkv_proj": "attn.to_qkv",
-        "norm_q": "attn.norm_q",
-        "norm_k": "attn.norm_k",
-        "out_proj": "attn.to_out",
-    },
+    block.prefix: {
+        **{spec.published: spec.module for spec in block.low_rank if spec.published != spec.module},
+        **dict(block.renamed),
+    }
+    for block in FLUX.blocks
 }
 _BLOCK = re.compile(r"((?:single_)?transformer_blocks)\.(\d{1,6})\.(.+)", re.DOTALL)
 

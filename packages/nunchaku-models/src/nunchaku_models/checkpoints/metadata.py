@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from nunchaku_kernels.formats.svdq import GROUP_SIZES, Precision
 from nunchaku_models.checkpoints.errors import CheckpointError, shown
 from nunchaku_models.checkpoints.json_guard import parse_json_object
 
-Precision = Literal["int4", "nvfp4"]
-
-GROUP_SIZES: dict[Precision, int] = {"int4": 64, "nvfp4": 16}
 DEFAULT_RANK = 32
 _RANK_LIMIT = 16384
 _WEIGHT_DTYPES: dict[str, Precision] = {"int4": "int4", "fp4_e2m1_all": "nvfp4"}

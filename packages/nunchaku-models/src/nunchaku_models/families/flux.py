@@ -48,10 +48,16 @@ def prepare(model: nn.Module) -> None:
     # imported here: diffusers takes seconds to import, and reading a file header should not
     from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
+    from nunchaku_kernels.nn import LinearSlice
     from nunchaku_models.families.flux_attention import NunchakuFluxAttnProcessor
 
     for module in model.modules():
-        if isinstance(module, FluxAttention) and type(module.processor) is FluxAttnProcessor:
+        if not isinstance(module, FluxAttention):
+            continue
+        if isinstance(module.to_q, LinearSlice):
+            # fused already; `fuse_qkv_projections` would put a linear made of placeholder weights in the owner's place
+            module._supports_qkv_fusion = False
+        if type(module.processor) is FluxAttnProcessor:
             module.set_processor(NunchakuFluxAttnProcessor())
 
 
