@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     check_seed(args.seed)
     if args.steps is not None:
         check_steps(args.steps)
+    if not args.verbose:
+        _quiet_transformers()
     loaded = load_pipeline(
         args.model,
         base=args.base,
@@ -88,3 +90,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(report)
     return 0
+
+
+def _quiet_transformers() -> None:
+    """Leave out transformers' hints about optional image processors, which text-to-image does not use.
+
+    diffusers' own warnings stay: that a prompt was cut is one of them.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
