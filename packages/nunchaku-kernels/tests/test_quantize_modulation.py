@@ -27,11 +27,15 @@ def test_forward_is_the_original_linear(chunks: int, channels: int, width: int, 
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(chunks * channels, width, generator=generator)
     bias = torch.randn(chunks * channels, generator=generator) if with_bias else None
-    x = torch.randn(3, width, generator=generator)
+    # the identity reads the whole weight back, element by element
+    x = torch.eye(width)
     layer = layer_of(weight, bias, chunks, torch.float32)
     expected = torch.nn.functional.linear(x, weight, bias)
-    error = (layer(x) - expected).norm() / expected.norm()
-    assert error < 0.12, f"relative error {error:.3f} is more than 4-bit rounding explains"
+    error = (layer(x) - expected).abs().t().view(chunks * channels, width // 64, 64)
+    largest = weight.view(chunks * channels, width // 64, 64).abs().amax(dim=-1, keepdim=True)
+    # the searched scales go down to max|w| / 8.5, which clips the largest weight to 7 / 8.5 of itself
+    assert (error <= (1 - 7 / 8.5) * largest + 1e-4).all()
+    assert error.square().mean() < (largest / 7).square().mean() / 10
 
 
 def test_chunks_carry_the_one_of_the_scales() -> None:

@@ -9,8 +9,6 @@ file.
 
 import argparse
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 
+from nunchaku_kernels.bench import Row, report
 from nunchaku_models.checkpoints import StreamingWriter, TensorInfo
 
 JOINT_BLOCKS, SINGLE_BLOCKS = 19, 38
@@ -98,21 +97,6 @@ def measure(source: Path, output: Path, precision: str, rank: int) -> tuple[floa
     return float(match[1]), time.monotonic() - started, peak
 
 
-def commit() -> str:
-    """The commit of the working tree, marked where it has changes."""
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return run.stdout.strip() or "unknown"
-
-
-def machine() -> str:
-    """Processor, its threads, and how busy the machine was."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = names[0] if names else platform.machine()
-    return (
-        f"{name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at start, torch {torch.__version__}"
-    )
-
-
 def main() -> None:
     """Measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,25 +106,24 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to put the temporary files (0.7 GB)")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     args = parser.parse_args()
-    about = machine()
-    rows = []
-
-    def row(name: str, value: float, unit: str, baseline: float | None = None) -> None:
-        ratio = None if baseline is None else round(value / baseline, 3)
-        rows.append({"name": name, "value": round(value, 2), "unit": unit, "baseline": baseline, "ratio": ratio})
-
-    seconds = {}
+    rows: list[Row] = []
+    work: dict[str, float] = {}
+    what = f"{args.precision}-r{args.rank}"
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source, output = Path(folder).resolve() / "source.safetensors", Path(folder) / "out.safetensors"
         for name, joint, single in (("joint", 1, 0), ("single", 0, 1)):
-            parameters = write_model(source, joint, single, args.heads)
-            seconds[name], process, peak = measure(source, output, args.precision, args.rank)
-            row(f"one {name} block and embedders, {parameters / 1e6:.0f} M parameters", seconds[name], "s")
-            row(f"one {name} block, whole process with imports", process, "s")
-            row(f"one {name} block, peak resident memory beyond the mapped file", peak / 1e9, "GB", LIMIT_GIGABYTES)
-    whole = JOINT_BLOCKS * seconds["joint"] + SINGLE_BLOCKS * seconds["single"]
-    row(f"FLUX.1-dev, {JOINT_BLOCKS} joint and {SINGLE_BLOCKS} single blocks, extrapolated", whole, "s", LIMIT_SECONDS)
-    text = json.dumps({"machine": about, "commit": commit(), "rows": rows}, indent=2)
+            write_model(source, joint, single, args.heads)
+            work[name], process, peak = measure(source, output, args.precision, args.rank)
+            rows.append(Row(f"quantize/flux-{name}-block/{what}", work[name], "s"))
+            rows.append(Row(f"quantize/flux-{name}-block/{what}/whole process", process, "s"))
+            memory = peak / 1e9
+            limit = f"limit {LIMIT_GIGABYTES} GB"
+            rows.append(Row(f"quantize/flux-{name}-block/{what}/memory", memory, "GB", limit, LIMIT_GIGABYTES / memory))
+    # too much rather than too little: every block is counted with the embedders of its one-block model
+    whole = JOINT_BLOCKS * work["joint"] + SINGLE_BLOCKS * work["single"]
+    limit = f"limit {LIMIT_SECONDS:.0f} s"
+    rows.append(Row(f"quantize/flux.1-dev/{what}/extrapolated", whole, "s", limit, LIMIT_SECONDS / whole))
+    text = json.dumps(report(rows), indent=2)
     print(text)
     if args.output:
         args.output.write_text(text + "\n")
