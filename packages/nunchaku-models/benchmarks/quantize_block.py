@@ -9,6 +9,7 @@ file.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -74,7 +75,8 @@ def measure(source: Path, output: Path, precision: str, rank: int) -> tuple[floa
     command = [sys.executable, "-c", program, "quantize", str(source), "-o", str(output)]
     command += ["--precision", precision, "--rank", str(rank), "--quiet"]
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as the command sets it before torch is loaded
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak = 0
 
     def watch() -> None:
