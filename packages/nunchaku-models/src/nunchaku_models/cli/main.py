@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the arguments cannot be understood (code 2), or help was asked for (code 0).
     """
-    # Before torch loads OpenMP: threads that wait by spinning take the processor from whatever else runs, our own kernels
-    # included (measured: as fast, with half the processor time).
+    # Before torch loads OpenMP: threads that wait by spinning take the processor from whatever else runs, our own
+    # kernels included (measured: as fast, with half the processor time).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = build_parser().parse_args(argv)
     if args.verbose:
