@@ -16,6 +16,7 @@ from nunchaku_models import NunchakuFluxTransformer2DModel, NunchakuFluxTransfor
 from nunchaku_models.checkpoints import CheckpointError, v1_to_v2
 from nunchaku_models.layers import quantized_layers
 from nunchaku_models.loading import stored_state
+from nunchaku_models.quantizer import quantize_checkpoint
 
 Forward = Callable[..., torch.Tensor]
 Error = Callable[[torch.Tensor, torch.Tensor], float]
@@ -308,3 +309,36 @@ def test_metadata_that_contradicts_the_tensors(int4_file: Path, tmp_path: Path) 
     file = rewrite(int4_file, tmp_path / "lie.safetensors", lambda _: None, {"config": json.dumps(config)})
     with pytest.raises(CheckpointError, match="num_layers"):
         NunchakuFluxTransformer2DModel.from_pretrained(file)
+
+
+def test_rank_zero_files_need_no_empty_factors(pipeline_folder: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(pipeline_folder, tmp_path / "full.safetensors", rank=0, progress=False)
+
+    def drop_empty(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name, value in tensors.items() if not value.numel()]:
+            del tensors[name]
+
+    bare_file = rewrite(tmp_path / "full.safetensors", tmp_path / "bare.safetensors", drop_empty)
+    assert len(load_file(bare_file)) < len(load_file(tmp_path / "full.safetensors"))
+    bare = NunchakuFluxTransformer2DModel.from_pretrained(bare_file)
+    assert not any(parameter.is_meta for parameter in bare.parameters())
+    same_state(bare, NunchakuFluxTransformer2DModel.from_pretrained(tmp_path / "full.safetensors"))
+
+
+def test_values_too_large_for_float16_are_named(int4_file: Path, tmp_path: Path) -> None:
+    name = "transformer_blocks.0.norm1.linear.bias"
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.full_like(tensors[name], 1e5)
+
+    file = rewrite(int4_file, tmp_path / "large.safetensors", enlarge)
+    with pytest.raises(CheckpointError, match=rf"{name} holds values too large for torch.float16"):
+        NunchakuFluxTransformer2DModel.from_pretrained(file, torch_dtype=torch.float16)
+
+
+def test_a_config_that_names_our_class_is_accepted(int4_file: Path, tmp_path: Path) -> None:
+    NunchakuFluxTransformer2DModel.from_pretrained(int4_file).save_pretrained(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["_class_name"] = "NunchakuFluxTransformer2DModel"
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    assert NunchakuFluxTransformer2DModel.from_pretrained(tmp_path / "folder").config.num_layers

@@ -180,6 +180,8 @@ def load_pipeline(
         raise ValueError(
             f"{model} is a transformer file; add --base with the pipeline that has the text encoders and VAE"
         )
+    if base is None and not path.exists() and os.fspath(model).endswith((".safetensors", ".sft")):
+        raise ValueError(f"{model} does not exist here; if it is a transformer file on the hub, add --base")
     root = base if base is not None else model
     local = Path(root).expanduser()
     if local.exists() and not (local / "model_index.json").is_file():
@@ -218,7 +220,7 @@ def load_pipeline(
     else:
         pipeline.to(place)
     if quantized_layers(transformer):
-        words = ", ".join(f"{name} x {count}" for name, count in arithmetics(transformer).items())
+        words = ", ".join(f"{name} x {count}" for name, count in arithmetics(transformer, place).items())
     else:
         words = "16-bit"
     return LoadedPipeline(

@@ -134,7 +134,9 @@ def empty_model(model_class: Any, config: Mapping[str, Any]) -> Any:
 
 def check_names(model: nn.Module, stored: Iterable[str], where: str) -> None:
     """Raise `CheckpointError` unless the parameters of `model`, its layers swapped, are the stored tensors."""
-    wanted, given = {name for name, _ in model.named_parameters()}, set(stored)
+    given = set(stored)
+    # factors of rank 0 need not be in the file
+    wanted = {name for name, value in model.named_parameters() if name in given or value.numel()}
     for names, which in ((wanted - given, "does not have"), (given - wanted, "has more than the model:")):
         if names:
             sample = ", ".join(sorted(shown(name) for name in names)[:3])
@@ -172,11 +174,19 @@ def set_arithmetic(model: nn.Module, arithmetic: Arithmetic | None) -> None:
         raise
 
 
-def arithmetics(model: nn.Module) -> dict[str, int]:
-    """How the low-rank layers of `model` are multiplied on their present devices: arithmetic -> number of layers."""
+def arithmetics(model: nn.Module, device: torch.device | str | None = None) -> dict[str, int]:
+    """How the layers of `model` are multiplied: arithmetic -> number of layers.
+
+    Args:
+        model: any model with 4-bit layers.
+        device: where it runs, if its tensors wait elsewhere (offloading); default: where they are.
+    """
     counts: dict[str, int] = {}
     for layer in quantized_layers(model).values():
-        key = layer.arithmetic if isinstance(layer, SVDQLinear) else "w4a16 (modulation)"
+        if isinstance(layer, SVDQLinear):
+            key = str(layer.arithmetic if device is None else layer.arithmetic_on(torch.device(device)))
+        else:
+            key = "w4a16 (modulation)"
         counts[key] = counts.get(key, 0) + 1
     return counts
 
@@ -255,6 +265,8 @@ def _has_bias(layer: PlannedLayer, linears: list[nn.Linear], stored: Mapping[str
 def _check_shapes(path: str, owner: QuantizedLinear, stored: Mapping[str, StoredTensor]) -> None:
     for key, value in owner.named_parameters():
         name = f"{path}.{key}"
+        if name not in stored and not value.numel():
+            continue  # factors of rank 0 need not be in the file
         if name not in stored:
             raise CheckpointError(f"{path}: `{key}` is missing from the file")
         given = stored[name]

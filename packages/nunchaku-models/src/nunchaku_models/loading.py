@@ -173,6 +173,11 @@ def _fill(
     """Give every parameter on the meta device its stored value."""
     check_names(model, names, source.where)
     for name, parameter in [*model.named_parameters()]:
+        module, _, leaf = name.rpartition(".")
+        if name not in names:  # a factor of rank 0
+            empty = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+            setattr(model.get_submodule(module), leaf, empty)
+            continue
         given = source.tensor(names[name])
         # a factor of the whole tensor is stored with one dimension or with none
         if given.shape != parameter.shape and given.numel() + parameter.numel() != 2:
@@ -184,6 +189,7 @@ def _fill(
         keep = not parameter.is_floating_point() or parameter.dtype == torch.float8_e4m3fn
         # a copy: the file may be replaced while the model lives
         value = given.reshape(parameter.shape).to(device, parameter.dtype if keep else dtype, copy=True)
-        module, _, leaf = name.rpartition(".")
+        if not is_finite(value):
+            raise CheckpointError(f"{source.where}: {name} holds values too large for {dtype}; load it as bfloat16")
         setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
         source.release(names[name])

@@ -130,7 +130,11 @@ class SVDQLinear(QuantizedLinear):
     @property
     def arithmetic(self) -> Arithmetic:
         """How the product is computed on this layer's device: the one that was set, else the device's best."""
-        return self._arithmetic or default_arithmetic(self.precision, self.qweight.device)
+        return self.arithmetic_on(self.qweight.device)
+
+    def arithmetic_on(self, device: torch.device) -> Arithmetic:
+        """How the product is computed when the layer's tensors are on `device`."""
+        return self._arithmetic or default_arithmetic(self.precision, device)
 
     def set_arithmetic(self, arithmetic: Arithmetic | None) -> None:
         """Choose how the product is computed; None for the device's best.
@@ -295,13 +299,14 @@ class SVDQLinear(QuantizedLinear):
             self.qweight[first:last],
             self._group_scales(first, last),
             self.wtscale,
+            self._rows(wcscales, first, last),
         )
         return reference_epilogue(
             product,
             lowrank_activation(x, self._branch(proj_down)),
             self._rows(self._branch(proj_up), first, last),
             rank_scale,
-            self._rows(wcscales, first, last),
+            None,  # wcscales is in the product
             self._rows(bias, first, last),
             **(tail.keywords() | {"gate": gate, "residual": residual}),
         )

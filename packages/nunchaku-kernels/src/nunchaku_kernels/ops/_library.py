@@ -39,7 +39,8 @@ SCHEMAS = {
     "nvfp4_quantize": _QUANTIZE.format(extra=""),
     "nvfp4_linear": "(Tensor codes, Tensor ascales, Tensor lora_act, Tensor qweight, Tensor wscales, "
     "Tensor? wtscale, " + _TAIL,
-    # 16-bit activations against a dequantised int4 or nvfp4 weight: the last resort that runs on any device
+    # 16-bit activations against a dequantised int4 or nvfp4 weight: the last resort that runs on any device. Here the
+    # product is rounded to the dtype of x before the tail, which then rounds once more
     "svdq_w4a16_linear": "(Tensor x, Tensor? smooth, float shift, Tensor? proj_down, Tensor qweight, Tensor wscales, "
     "Tensor? wtscale, " + _TAIL,
     # AWQ order: x (M, K) T, qweight (N/4, K/2) int32 or (N/4, K) int16, wscales and wzeros (Gpad, N) natural, bias (N)

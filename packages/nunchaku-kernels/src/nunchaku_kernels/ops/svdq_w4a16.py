@@ -23,12 +23,26 @@ from nunchaku_kernels.ops._library import fake, implement
 from nunchaku_kernels.ops._unpack import lowrank_activation, padded_input, reference_epilogue
 
 
-def dequantize(qweight: torch.Tensor, wscales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Published codes (N, K/2) and scales (int4 (K/64, N) T or nvfp4 (K/16, N) float8_e4m3fn) -> (N, K) `dtype`."""
+def dequantize(
+    qweight: torch.Tensor,
+    wscales: torch.Tensor,
+    wtscale: torch.Tensor | None,
+    wcscales: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Published codes (N, K/2) and scales (int4 (K/64, N) T or nvfp4 (K/16, N) float8_e4m3fn) -> (N, K) `dtype`.
+
+    All factors go in before the one rounding: nvfp4 codes times micro-scales alone reach 2688, and products of those
+    overflow float16.
+    """
     if wscales.dtype == torch.float8_e4m3fn:
         values, scales = decode(unpack_qweight(qweight, signed=False)), unpack_micro_scales(wscales).float().abs()
     else:
         values, scales = unpack_qweight(qweight).float(), unpack_wscales(wscales).float()
+    if wtscale is not None:
+        scales = scales * wtscale.float()
+    if wcscales is not None:
+        scales = scales * unpack_vector(wcscales).float().unsqueeze(1)
     grouped = values.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)
     return grouped.flatten(1).to(dtype)
 
@@ -40,13 +54,16 @@ def product(
     qweight: torch.Tensor,
     wscales: torch.Tensor,
     wtscale: torch.Tensor | None,
+    wcscales: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The main product float32 (M, N) of x (M, K' <= K) and published weights, differentiable in x."""
+    """The main product float32 (M, N) of x (M, K' <= K) and published weights, differentiable in x and `wcscales`.
+
+    Like the activations and the weights, it is rounded once to the dtype of x.
+    """
     t = padded_input(x, qweight.shape[1] * 2, shift)
     if smooth is not None:
         t = (t.float() / unpack_vector(smooth).float()).to(x.dtype)
-    y = torch.nn.functional.linear(t, dequantize(qweight, wscales, x.dtype)).float()
-    return y if wtscale is None else y * wtscale.float()
+    return torch.nn.functional.linear(t, dequantize(qweight, wscales, wtscale, wcscales, x.dtype)).float()
 
 
 @implement("svdq_w4a16_linear", "CompositeExplicitAutograd")
@@ -87,7 +104,7 @@ def _linear(
         out_dtype=out_dtype, device=device,
     )  # fmt: skip
     return reference_epilogue(
-        product(x, smooth, shift, qweight, wscales, wtscale), lora_act, proj_up, rank_scale, wcscales, bias,
+        product(x, smooth, shift, qweight, wscales, wtscale, wcscales), lora_act, proj_up, rank_scale, None, bias,
         out_features=out_features, activation=activation, gate=gate, residual=residual, out_dtype=out_dtype,
     )  # fmt: skip
 

@@ -21,7 +21,12 @@ from nunchaku_models.checkpoints.safetensors_header import TensorInfo
 logger = logging.getLogger(__name__)
 
 _BLOCK_LIMIT = 1000
-_CLASSES = ("FluxTransformer2DModel", "NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2")
+_CLASSES = (
+    "FluxTransformer2DModel",
+    "NunchakuFluxTransformer2dModel",
+    "NunchakuFluxTransformer2DModel",
+    "NunchakuFluxTransformer2DModelV2",
+)
 
 
 def canonical_infos(source: TensorSource) -> dict[str, TensorInfo]:

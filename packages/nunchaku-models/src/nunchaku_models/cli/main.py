@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         if args.verbose:
-            raise
+            traceback.print_exc()
         if isinstance(error, BAD_INPUT):
             print(f"nunchaku: error: {one_line(error)}", file=sys.stderr)
             return EXIT_BAD_INPUT

@@ -10,7 +10,7 @@ interrupted run leaves nothing behind, and an earlier file of that name stays.
 
 MODEL is a diffusers folder (a pipeline or its transformer), a single .safetensors file (diffusers, BFL or ComfyUI
 names; fp8, fp16, bf16 or fp32), or a hub id. OUT ending in .safetensors becomes one file in the published format;
-any other OUT becomes a diffusers folder: a whole pipeline if MODEL is one.
+any other OUT becomes a diffusers folder: a whole pipeline if MODEL is a local one.
 
   nunchaku quantize black-forest-labs/FLUX.1-dev -o flux-int4.safetensors
   nunchaku quantize my-finetune.safetensors -o my-finetune-int4.safetensors --rank 64
