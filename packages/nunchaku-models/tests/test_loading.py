@@ -342,3 +342,18 @@ def test_a_config_that_names_our_class_is_accepted(int4_file: Path, tmp_path: Pa
     config["_class_name"] = "NunchakuFluxTransformer2DModel"
     (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
     assert NunchakuFluxTransformer2DModel.from_pretrained(tmp_path / "folder").config.num_layers
+
+
+def test_the_factor_of_a_whole_weight_keeps_its_dtype(nvfp4_file: Path, tmp_path: Path) -> None:
+    exact = 1.0770679e-4  # between two bfloat16
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".wtscale")]:
+            tensors[name] = torch.tensor([exact])
+
+    file = rewrite(nvfp4_file, tmp_path / "wide.safetensors", widen)
+    model = NunchakuFluxTransformer2DModel.from_pretrained(file, torch_dtype=torch.bfloat16)
+    found = {name: value for name, value in model.half().named_parameters() if name.endswith(".wtscale")}
+    assert found
+    for name, value in found.items():
+        assert value.dtype == torch.float32 and float(value) == pytest.approx(exact, rel=1e-7), name

@@ -247,13 +247,20 @@ def _low_rank(
         precision="nvfp4" if nvfp4 else "int4",
         shift=GELU_SHIFT if spec.after_gelu and not nvfp4 else 0.0,
         smooth_orig=f"{layer.path}.smooth_factor_orig" in stored,
-        wtscale=f"{layer.path}.wtscale" in stored,
+        wtscale=_float_dtype(stored.get(f"{layer.path}.wtscale")),
         wcscales=f"{layer.path}.wcscales" in stored,
         dtype=dtype,
         device=device,
         name=layer.path,
         origin=tuple(origin),
     )
+
+
+def _float_dtype(info: StoredTensor | None) -> bool | torch.dtype:
+    """The dtype of an optional stored tensor; True where it is none a layer can have, which the shape check refuses."""
+    if info is None:
+        return False
+    return info.dtype if info.dtype in (torch.float32, torch.float16, torch.bfloat16) else True
 
 
 def _has_bias(layer: PlannedLayer, linears: list[nn.Linear], stored: Mapping[str, StoredTensor]) -> bool:

@@ -186,7 +186,7 @@ def _fill(
             )
         if not is_finite(given):
             raise CheckpointError(f"{source.where}: {name} holds NaN or infinity; the file is damaged, get it again")
-        keep = not parameter.is_floating_point() or parameter.dtype == torch.float8_e4m3fn
+        keep = not parameter.is_floating_point() or parameter.dtype == torch.float8_e4m3fn or leaf == "wtscale"
         # a copy: the file may be replaced while the model lives
         value = given.reshape(parameter.shape).to(device, parameter.dtype if keep else dtype, copy=True)
         if not is_finite(value):

@@ -47,7 +47,8 @@ class SVDQLinear(QuantizedLinear):
         shift: added to x on the quantised path only; `GELU_SHIFT` for the int4 linear behind a GELU. If positive, x is
             expected to be at least -shift: W4A4 then uses unsigned codes.
         smooth_orig: whether `smooth_factor_orig` is stored; nothing computes with it.
-        wtscale: whether a per-tensor factor is stored.
+        wtscale: whether a per-tensor factor is stored; a dtype if it is stored in another one than T (files have it in
+            16 or 32 bits, and `.to(dtype)` leaves it alone).
         wcscales: whether per-channel factors are stored.
         dtype: T, the dtype of the 16-bit tensors.
     """
@@ -62,7 +63,7 @@ class SVDQLinear(QuantizedLinear):
         precision: Literal["int4", "nvfp4"] = "int4",
         shift: float = 0.0,
         smooth_orig: bool = True,
-        wtscale: bool = False,
+        wtscale: bool | torch.dtype = False,
         wcscales: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
@@ -91,7 +92,8 @@ class SVDQLinear(QuantizedLinear):
         self.proj_down = parameter((k, rank), dtype, device)
         self.proj_up = parameter((n, rank), dtype, device)
         self.bias = parameter((n,), dtype, device) if bias else None
-        self.wtscale = parameter((1,), dtype, device) if wtscale else None
+        kept = wtscale if isinstance(wtscale, torch.dtype) else dtype
+        self.wtscale = parameter((1,), kept, device) if wtscale else None
         self.wcscales = parameter((n,), dtype, device) if wcscales else None
         self.rank_scale: torch.Tensor | None
         self.register_buffer("rank_scale", None, persistent=False)
@@ -364,8 +366,9 @@ class SVDQLinear(QuantizedLinear):
         return factor if factor.shape[1] else None
 
     def _keeps_dtype(self, tensor: torch.Tensor) -> bool:
-        # The operators take strengths of the low-rank branch in fp32 only.
-        return tensor is self.rank_scale or super()._keeps_dtype(tensor)
+        # The operators take strengths of the low-rank branch in fp32 only; rounding the factor of a whole weight would
+        # scale the whole layer wrongly.
+        return tensor is self.rank_scale or tensor is self.wtscale or super()._keeps_dtype(tensor)
 
     def extra_repr(self) -> str:
         return (
