@@ -18,7 +18,6 @@ from nunchaku_models.checkpoints import (
     StreamingWriter,
     TensorInfo,
     atomic_folder,
-    atomic_write_text,
     by_alignment,
 )
 from nunchaku_models.checkpoints.safetensors_header import DTYPES
@@ -193,21 +192,6 @@ def test_files_follow_umask_and_symbolic_links(tmp_path: Path) -> None:
         os.umask(previous)
     assert link.is_symlink()
     assert (tmp_path / "real" / "x.safetensors").stat().st_mode & 0o777 == 0o640
-
-
-def test_text_is_written_wholly_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "config.json"
-    atomic_write_text(path, "é")
-    assert path.read_bytes() == "é".encode()
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(CheckpointError, match="Input/output error"):
-        atomic_write_text(path, "new")
-    assert path.read_bytes() == "é".encode()
-    assert os.listdir(tmp_path) == ["config.json"]
 
 
 def test_a_folder_appears_whole_and_replaces_only_its_own_files(tmp_path: Path) -> None:

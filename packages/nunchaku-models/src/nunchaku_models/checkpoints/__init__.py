@@ -27,7 +27,6 @@ from nunchaku_models.checkpoints.safetensors_header import TensorInfo
 from nunchaku_models.checkpoints.safetensors_writer import (
     StreamingWriter,
     atomic_folder,
-    atomic_write_text,
     by_alignment,
 )
 from nunchaku_models.checkpoints.sources import Checkpoint, ShardedReader, open_checkpoint
@@ -46,7 +45,6 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "atomic_folder",
-    "atomic_write_text",
     "build_metadata",
     "by_alignment",
     "comfy_config",

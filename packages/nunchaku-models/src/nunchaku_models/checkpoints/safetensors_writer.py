@@ -174,22 +174,6 @@ class StreamingWriter:
             self._atomic.discard()
 
 
-def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file, wholly or not at all.
-
-    Raises:
-        CheckpointError: the folder is missing or read-only, or the disk fails.
-    """
-    atomic = _AtomicFile(path)
-    try:
-        atomic.file.write(text.encode("utf-8"))
-        atomic.commit()
-    except OSError as error:
-        raise CheckpointError(f"writing {path} failed: {error.strerror or error}") from error
-    finally:
-        atomic.discard()
-
-
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], names: Collection[str]) -> Iterator[Path]:
     """Fill a folder, wholly or not at all: yields a temporary folder that becomes `path` when the block succeeds.

@@ -70,13 +70,11 @@ class Family:
     Attributes:
         name: e.g. "flux".
         transformer_class: class name in diffusers.
-        pipeline_class: class name in diffusers of the default pipeline.
         blocks: the quantised kinds of blocks.
         prepare: called with a model whose layers were just swapped, to put in what uses them fused (processors).
     """
 
     name: str
     transformer_class: str
-    pipeline_class: str
     blocks: tuple[Block, ...]
     prepare: Callable[[nn.Module], None] | None = None

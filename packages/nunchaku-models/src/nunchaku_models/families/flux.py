@@ -64,7 +64,6 @@ def prepare(model: nn.Module) -> None:
 FLUX = Family(
     name="flux",
     transformer_class="FluxTransformer2DModel",
-    pipeline_class="FluxPipeline",
     blocks=(JOINT_BLOCK, SINGLE_BLOCK),
     prepare=prepare,
 )
