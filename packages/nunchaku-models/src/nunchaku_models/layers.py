@@ -16,7 +16,7 @@ from nunchaku_kernels.nn import (
     SlicePart,
     SVDQLinear,
 )
-from nunchaku_kernels.ops import Arithmetic
+from nunchaku_kernels.ops import Arithmetic, check_arithmetic
 from nunchaku_models.checkpoints import CheckpointError
 from nunchaku_models.checkpoints.errors import shown
 from nunchaku_models.families import Family, LowRankLinear, Modulation
@@ -164,14 +164,11 @@ def set_arithmetic(model: nn.Module, arithmetic: Arithmetic | None) -> None:
     layers = [layer for layer in quantized_layers(model).values() if isinstance(layer, SVDQLinear)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no 4-bit layers to set an arithmetic on")
-    before = [layer._arithmetic for layer in layers]
-    try:
+    if arithmetic is not None:  # all of them before the first is changed
         for layer in layers:
-            layer.set_arithmetic(arithmetic)
-    except ValueError:
-        for layer, previous in zip(layers, before, strict=True):
-            layer.set_arithmetic(previous)
-        raise
+            check_arithmetic(layer.label(), layer.precision, arithmetic)
+    for layer in layers:
+        layer.set_arithmetic(arithmetic)
 
 
 def arithmetics(model: nn.Module, device: torch.device | str | None = None) -> dict[str, int]:
