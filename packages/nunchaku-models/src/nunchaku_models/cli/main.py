@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from nunchaku_models import __version__
 
 ENTRY_POINTS = "nunchaku.commands"
-COMMANDS = ("generate", "quantize", "inspect", "doctor", "bench")
+COMMANDS = ("generate", "quantize", "evaluate", "inspect", "doctor", "bench")
 
 VERBOSE = "log what happens, and show tracebacks of errors"
 
