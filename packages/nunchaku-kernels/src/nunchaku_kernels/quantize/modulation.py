@@ -4,7 +4,11 @@ import torch
 
 from nunchaku_kernels._checks import FLOAT_DTYPES, require_multiple, require_tensor
 from nunchaku_kernels.formats import fold_unit_scale, pack_awq, pack_awq_scales, to_channel_major
+from nunchaku_kernels.formats.svdq import GROUP_SIZES
 from nunchaku_kernels.quantize.awq import quantize_w4a16
+from nunchaku_kernels.quantize.int4 import INT4_MAX
+from nunchaku_kernels.quantize.moments import InputMoments
+from nunchaku_kernels.quantize.refine import quantize_refined
 
 
 def quantize_modulation(
@@ -14,6 +18,7 @@ def quantize_modulation(
     *,
     group_size: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    moments: InputMoments | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a `nn.ModulationLinear` (checkpoint_format.md 3, "Modulation linears").
 
@@ -23,6 +28,9 @@ def quantize_modulation(
         num_chunks: 6 or 3.
         group_size: inputs per scale.
         dtype: dtype of scales, zeros and bias.
+        moments: of the layer's inputs, unsmoothed, arithmetic "w4a16": codes, scales and bias are fitted to them (see
+            `quantize_refined`). Few distinct inputs reach these layers, which leaves much room to round well. None
+            rounds to the nearest with searched scales.
 
     Returns:
         `qweight` int32, `wscales`, `wzeros`, `bias`, in the published order.
@@ -33,7 +41,16 @@ def quantize_modulation(
     require_tensor("weight", weight, (None, None), FLOAT_DTYPES)
     rows = weight.shape[0]
     require_multiple("weight", "N", rows, 4)
-    codes, scales, zeros = quantize_w4a16(weight, group_size, scale_search=True, dtype=dtype)
+    if moments is None:
+        codes, scales, zeros = quantize_w4a16(weight, group_size, scale_search=True, dtype=dtype)
+    else:
+        require_multiple("group_size", "it", group_size, GROUP_SIZES["int4"])
+        # Stored codes mean -7..8, those of the quantiser -8..7: quantise the negative.
+        negative = quantize_refined(-weight, None if bias is None else -bias, moments, rank=0, dtype=dtype).weights
+        codes, scales = (INT4_MAX - negative.codes).to(torch.uint8), negative.scales
+        zeros = -INT4_MAX * scales
+        assert negative.bias is not None
+        bias = -negative.bias
     if bias is None:
         bias = torch.zeros(rows, dtype=dtype, device=weight.device)
     require_tensor("bias", bias, (rows,), FLOAT_DTYPES)

@@ -1,19 +1,18 @@
-"""SVDQuant of one linear from its weights alone: smoothing, low-rank branch, 4-bit residual (svdquant_algorithm.md)."""
+"""SVDQuant of one linear: smoothing, low-rank branch, 4-bit residual (svdquant_algorithm.md)."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import pad
 
 from nunchaku_kernels._checks import FLOAT_DTYPES, HALF_DTYPES, ceil_to, require_finite, require_tensor
 from nunchaku_kernels.formats import SVDQWeights
-from nunchaku_kernels.formats.e2m1 import decode
 from nunchaku_kernels.formats.svdq import GROUP_SIZES, Precision
-from nunchaku_kernels.quantize._blocks import row_blocks
-from nunchaku_kernels.quantize.int4 import quantize_int4
+from nunchaku_kernels.quantize.gptq import gptq
+from nunchaku_kernels.quantize.int4 import INT4_MAX
 from nunchaku_kernels.quantize.lowrank import truncated_svd
-from nunchaku_kernels.quantize.nvfp4 import quantize_nvfp4
+from nunchaku_kernels.quantize.residual import QuantizedResidual, quantize_residual
 
 
 def quantize_svdq(
@@ -28,6 +27,8 @@ def quantize_svdq(
     dtype: torch.dtype = torch.bfloat16,
     scale_search: bool = True,
     num_iters: int = 2,
+    judge: Callable[[SVDQWeights], float] | None = None,
+    hessian: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> SVDQWeights:
     """Quantises `y = x @ weight.T + bias` to a 4-bit residual plus a low-rank branch.
@@ -51,98 +52,75 @@ def quantize_svdq(
             scale, stored as `wcscales`; otherwise the tensor scale is stored as `wtscale`. int4 does not need them.
         dtype: 16-bit dtype of everything stored.
         scale_search: search the group scales instead of taking the largest magnitude.
-        num_iters: fits of the low-rank branch, at least 1.
+        num_iters: fits of the low-rank branch, at least 1; the most of them where there is a judge.
+        judge: the error of the layer's output with the weights it is given. The fit it likes best is kept, and fitting
+            ends with the first that it likes less than the one before (svdquant_algorithm.md 4).
+        hessian: second moment fp32 [K, K] of `(x + shift) / smooth`, to round the final residual with GPTQ, at the same
+            scales, instead of to the nearest (svdquant_algorithm.md 7). int4 codes are then -7..7.
         generator: see `truncated_svd`; None gives the same result every time.
 
     Returns:
         Weights with K padded to the group size; `bias` is None only if none was given and shift is 0.
     """
-    _check_arguments(weight, bias, precision, rank, shift, dtype, num_iters)
-    members = _members(segments, weight.shape[0])
+    check_arguments(weight, bias, precision, rank, shift, dtype, num_iters)
+    members = fused_members(segments, weight.shape[0])
     columns = weight.shape[1]
     padding = ceil_to(columns, GROUP_SIZES[precision]) - columns
     stored_smooth = pad(_stored_smooth(smooth, columns, dtype, weight.device), (0, padding), value=1.0)
     divisor = stored_smooth.float()
 
     target = pad(weight.float(), (0, padding)) * divisor
-    quantized: _Residual | None = None
+
+    def assembled(quantized: QuantizedResidual, up: torch.Tensor, down: torch.Tensor) -> SVDQWeights:
+        stored_bias = bias.float() if bias is not None else None
+        if shift:
+            constant = shift * quantized.times(1 / divisor)
+            stored_bias = -constant if stored_bias is None else stored_bias - constant
+        if stored_bias is not None:
+            stored_bias = stored_bias.to(dtype)
+        require_fit(dtype, proj_up=up, proj_down=down, bias=stored_bias)
+        return SVDQWeights(
+            precision=precision,
+            codes=quantized.codes,
+            scales=quantized.scales,
+            smooth=stored_smooth,
+            smooth_orig=stored_smooth,
+            proj_down=down,
+            proj_up=up,
+            bias=stored_bias,
+            wtscale=quantized.wtscale,
+            wcscales=quantized.wcscales,
+        )
+
+    def left_by(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(target, up.float(), down.float() * divisor, alpha=-1)
+
+    quantized: QuantizedResidual | None = None
+    best: tuple[QuantizedResidual, torch.Tensor, torch.Tensor] | None = None
+    best_error = math.inf
     for _ in range(num_iters if rank else 1):
         missed = target if quantized is None else quantized.subtracted_from(target)
         up, down = truncated_svd(missed[:, :columns], rank, generator=generator)
         del missed
         proj_up, proj_down = up.to(dtype), (pad(down, (0, padding)) / divisor).to(dtype)
-        residual = torch.addmm(target, proj_up.float(), proj_down.float() * divisor, alpha=-1)
-        quantized = _quantize_residual(residual, precision, members, dtype, scale_search)
+        residual = left_by(proj_up, proj_down)
+        quantized = quantize_residual(residual, precision, members, dtype, scale_search=scale_search)
         del residual
-    assert quantized is not None
-
-    stored_bias = bias.float() if bias is not None else None
-    if shift:
-        constant = shift * quantized.row_sums(divisor)
-        stored_bias = -constant if stored_bias is None else stored_bias - constant
-    if stored_bias is not None:
-        stored_bias = stored_bias.to(dtype)
-    _require_fit(dtype, proj_up=proj_up, proj_down=proj_down, bias=stored_bias)
-    return SVDQWeights(
-        precision=precision,
-        codes=quantized.codes,
-        scales=quantized.scales,
-        smooth=stored_smooth,
-        smooth_orig=stored_smooth,
-        proj_down=proj_down,
-        proj_up=proj_up,
-        bias=stored_bias,
-        wtscale=quantized.wtscale,
-        wcscales=quantized.wcscales,
-    )
+        if judge is not None:
+            error = judge(assembled(quantized, proj_up, proj_down))
+            if best is not None and not error <= best_error:
+                break
+            best_error = error
+        best = (quantized, proj_up, proj_down)
+    assert best is not None
+    if hessian is None:
+        return assembled(*best)
+    require_tensor("hessian", hessian, (columns, columns), (torch.float32,))
+    rounded = gptq(left_by(*best[1:]), best[0], pad(hessian, (0, padding, 0, padding)), lowest=-INT4_MAX)
+    return assembled(rounded, *best[1:])
 
 
-class _Residual(NamedTuple):
-    """A quantised residual: codes [N, K], scales [N, G] and the nvfp4 factors."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    wtscale: torch.Tensor | None = None
-    wcscales: torch.Tensor | None = None
-
-    def dequantize(self, rows: slice) -> torch.Tensor:
-        """fp32 values of some rows."""
-        codes, scales = self.codes[rows], self.scales[rows].float()
-        values = decode(codes) if self.scales.dtype == torch.float8_e4m3fn else codes.float()
-        if self.wtscale is not None:
-            scales = scales * self.wtscale.float()
-        if self.wcscales is not None:
-            scales = scales * self.wcscales[rows].float().unsqueeze(1)
-        return (values.view(*scales.shape, -1) * scales.unsqueeze(-1)).reshape(codes.shape)
-
-    def subtracted_from(self, target: torch.Tensor) -> torch.Tensor:
-        """`target` minus the values, a new fp32 [N, K]."""
-        difference = torch.empty_like(target)
-        for rows in row_blocks(*target.shape):
-            torch.sub(target[rows], self.dequantize(rows), out=difference[rows])
-        return difference
-
-    def row_sums(self, divisor: torch.Tensor) -> torch.Tensor:
-        """`sum_k value[n,k] / divisor[k]`, fp32 [N]."""
-        return torch.cat([(self.dequantize(rows) / divisor).sum(dim=1) for rows in row_blocks(*self.codes.shape)])
-
-
-def _quantize_residual(
-    residual: torch.Tensor, precision: Precision, members: Sequence[int], dtype: torch.dtype, scale_search: bool
-) -> _Residual:
-    if precision == "int4":
-        return _Residual(*quantize_int4(residual, dtype=dtype, scale_search=scale_search))
-    parts = [quantize_nvfp4(part, dtype, scale_search=scale_search) for part in residual.split(list(members))]
-    codes, micro_scales, tensor_scales = zip(*parts, strict=True)
-    if len(parts) == 1:
-        return _Residual(codes[0], micro_scales[0], wtscale=tensor_scales[0])
-    wcscales = torch.cat([scale.expand(rows) for scale, rows in zip(tensor_scales, members, strict=True)])
-    # Bytes, since not every device concatenates float8.
-    joined = torch.cat([scales.view(torch.uint8) for scales in micro_scales]).view(torch.float8_e4m3fn)
-    return _Residual(torch.cat(codes), joined, wcscales=wcscales)
-
-
-def _check_arguments(
+def check_arguments(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     precision: str,
@@ -151,6 +129,7 @@ def _check_arguments(
     dtype: torch.dtype,
     num_iters: int,
 ) -> None:
+    """Raise unless these are arguments of a quantiser of one linear; see `quantize_svdq`."""
     require_tensor("weight", weight, (None, None), FLOAT_DTYPES)
     if not weight.numel():
         raise ValueError(f"weight: expected at least one row and column, got {list(weight.shape)}")
@@ -170,13 +149,15 @@ def _check_arguments(
         raise ValueError(f"num_iters: expected at least 1, got {num_iters}")
 
 
-def _require_fit(dtype: torch.dtype, **stored: torch.Tensor | None) -> None:
+def require_fit(dtype: torch.dtype, **stored: torch.Tensor | None) -> None:
+    """Raise ValueError if a tensor to be stored overflowed."""
     for name, value in stored.items():
         if value is not None and not value.isfinite().all():
             raise ValueError(f"weight: expected values whose {name} fits {dtype}, got overflow")
 
 
-def _members(segments: Sequence[int] | None, rows: int) -> list[int]:
+def fused_members(segments: Sequence[int] | None, rows: int) -> list[int]:
+    """Row counts of the fused members, checked; one for None."""
     members = [rows] if segments is None else list(segments)
     if not members or min(members) <= 0 or sum(members) != rows:
         raise ValueError(f"segments: expected positive row counts that add up to {rows}, got {members}")
