@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nunchaku_models.evaluation.drawing import call_arguments, draw, read_prompts
+from nunchaku_models.evaluation.drawing import draw
 from nunchaku_models.evaluation.sheet import comparison_sheet, thumbnail
+from nunchaku_models.generation import call_arguments
+from nunchaku_models.prompts import read_prompts
 
 LINE = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0\ufeff"), min_size=1, max_size=30

@@ -8,6 +8,7 @@ import resource
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -233,6 +234,41 @@ def load_pipeline(
     )
 
 
+def call_arguments(
+    pipeline: Any,
+    defaults: Mapping[str, Any],
+    *,
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    guidance: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Arguments of the pipeline's call: what was asked for, over what its folder recommends.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        defaults: call argument -> value, from the pipeline's folder.
+        steps, size, guidance: denoising steps, (width, height) in pixels, guidance scale; None for the default.
+        more: others, by the pipeline's own names.
+
+    Raises:
+        ValueError: an argument that the pipeline does not take.
+    """
+    given = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "width": size[0] if size else None,
+        "height": size[1] if size else None,
+        **more,
+    }
+    arguments = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    unknown = sorted(key for key in arguments if key not in accepted)
+    if unknown:
+        raise ValueError(f"{type(pipeline).__name__} does not take {', '.join(unknown)}")
+    return arguments
+
+
 def generate(
     loaded: LoadedPipeline,
     prompt: str,
@@ -262,19 +298,15 @@ def generate(
     check_seed(seed)
     if steps is not None:
         check_steps(steps)
-    given = {
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "true_cfg_scale": true_cfg,
-        "width": size[0] if size else None,
-        "height": size[1] if size else None,
-    }
-    arguments = {**loaded.defaults, **{key: value for key, value in given.items() if value is not None}}
-    accepted = inspect.signature(type(loaded.pipeline).__call__).parameters
-    unknown = sorted(key for key in arguments if key not in accepted)
-    if unknown:
-        raise ValueError(f"{type(loaded.pipeline).__name__} does not take {', '.join(unknown)}")
+    arguments = call_arguments(
+        loaded.pipeline,
+        loaded.defaults,
+        steps=steps,
+        size=size,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        true_cfg_scale=true_cfg,
+    )
     device = torch.device(loaded.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,6 +1,6 @@
 """Swapping a model's linears for 4-bit layers, as its family's page declares and as the stored tensors say."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -98,8 +98,7 @@ def swap_layers(
     Raises:
         CheckpointError: a stored tensor does not fit the model; the message names it.
     """
-    parts: dict[str, list[SlicePart]] = {}
-    swapped = []
+    swapped: dict[str, QuantizedLinear] = {}
     for layer in plan_layers(family, config):
         if f"{layer.path}.qweight" not in stored:
             continue
@@ -109,18 +108,45 @@ def swap_layers(
         else:
             owner = _low_rank(layer, linears, layer.spec, stored, dtype, device)
         _check_shapes(layer.path, owner, stored)
+        swapped[layer.path] = owner
+    install(model, swapped)
+    return [*swapped]
+
+
+def install(model: nn.Module, owners: Mapping[str, QuantizedLinear]) -> None:
+    """Put 4-bit layers in the place of the linears they come from, whose names slices take over.
+
+    Args:
+        model: has the linears that the layers' `origin` names.
+        owners: path -> layer.
+
+    Raises:
+        CheckpointError: the layers hold only some columns of a linear.
+    """
+    parts: dict[str, list[SlicePart]] = {}
+    for path, owner in owners.items():
         for origin in owner.origin:
-            if origin.name != layer.path:
+            if origin.name != path:
                 parts.setdefault(origin.name, []).append(SlicePart(owner, origin.rows, origin.columns))
-        swapped.append((layer.path, owner))
-    for path, owner in swapped:
-        set_module(model, path, owner)
     for path, pieces in parts.items():
         if pieces[0].columns[0] != 0 or pieces[-1].columns[1] != _source(model, path).in_features:
             raise CheckpointError(f"{path}: the file holds only columns {[p.columns for p in pieces]} of this layer")
+    for path, owner in owners.items():
+        set_module(model, path, owner)
+    for path, pieces in parts.items():
         # a slice counts columns from its own input, its parts tile them in order
         set_module(model, path, LinearSlice(pieces))
-    return [path for path, _ in swapped]
+
+
+def origins(layer: PlannedLayer, linears: Sequence[tuple[int, int]]) -> tuple[Origin, ...]:
+    """Which rows and columns of a low-rank layer come from which of its linears, given as (in, out) features."""
+    assert isinstance(layer.spec, LowRankLinear)
+    found, row = [], 0
+    for path, (in_features, out_features) in zip(layer.sources, linears, strict=True):
+        columns = source_columns(layer.spec, in_features, out_features)
+        found.append(Origin(path, (row, row + out_features), columns))
+        row += out_features
+    return tuple(found)
 
 
 def empty_model(model_class: Any, config: Mapping[str, Any]) -> Any:
@@ -230,15 +256,11 @@ def _low_rank(
         raise CheckpointError(f"{layer.path}: `wscales` is missing from the file")
     nvfp4 = stored[f"{layer.path}.wscales"].dtype == torch.float8_e4m3fn
     down = stored.get(f"{layer.path}.proj_down")
-    origin, row = [], 0
-    for path, linear in zip(layer.sources, linears, strict=True):
-        columns = source_columns(spec, linear.in_features, linear.out_features)
-        origin.append(Origin(path, (row, row + linear.out_features), columns))
-        row += linear.out_features
-    columns = origin[0].columns
+    origin = origins(layer, [(linear.in_features, linear.out_features) for linear in linears])
+    start, stop = origin[0].columns
     return SVDQLinear(
-        columns[1] - columns[0],
-        row,
+        stop - start,
+        origin[-1].rows[1],
         rank=down.shape[-1] if down is not None and down.shape else 0,
         bias=_has_bias(layer, linears, stored),
         precision="nvfp4" if nvfp4 else "int4",
@@ -249,7 +271,7 @@ def _low_rank(
         dtype=dtype,
         device=device,
         name=layer.path,
-        origin=tuple(origin),
+        origin=origin,
     )
 
 

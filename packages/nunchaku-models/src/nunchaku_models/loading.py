@@ -13,6 +13,7 @@ from nunchaku_kernels.ops import Arithmetic
 from nunchaku_models.checkpoints import (
     Checkpoint,
     CheckpointError,
+    DiffusersView,
     StreamingWriter,
     TensorInfo,
     atomic_folder,
@@ -91,6 +92,24 @@ def load_transformer(
     if arithmetic is not None:
         set_arithmetic(model, arithmetic)
     return model.eval()
+
+
+def load_16bit_weights(transformer: nn.Module, view: DiffusersView) -> None:
+    """Overwrite a 16-bit transformer's values with those of a checkpoint of any naming, tensor by tensor.
+
+    Raises:
+        CheckpointError: another architecture than the transformer's, a quantised one, or values that do not fit.
+    """
+    if quantized_layers(transformer):
+        raise CheckpointError("the base pipeline's own transformer is quantised; a 16-bit base is needed")
+    own = transformer.state_dict()
+    if {name: tuple(value.shape) for name, value in own.items()} != {n: tuple(view.info(n).shape) for n in view}:
+        raise CheckpointError(f"{view.where} is not of the same architecture as the base pipeline's transformer")
+    for name, value in own.items():
+        value.copy_(view.tensor(name))
+        if not is_finite(value):
+            raise CheckpointError(f"{view.where}: {name} holds NaN, infinity or values too large for {value.dtype}")
+        view.release(name)
 
 
 def save_file(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -1,14 +1,17 @@
-"""From a 16-bit checkpoint to a 4-bit one, without data: one layer at a time from the mapped file to the output."""
+"""From a 16-bit checkpoint to a 4-bit one, one layer at a time from the mapped file to the output.
+
+Without data here; what calibration does first is in `calibration/`.
+"""
 
 import contextlib
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from tqdm import tqdm
@@ -16,8 +19,12 @@ from tqdm import tqdm
 from nunchaku_kernels.formats import pack_svdq
 from nunchaku_kernels.formats.svdq import Precision
 from nunchaku_kernels.nn import GELU_SHIFT, ModulationLinear, SVDQLinear
+from nunchaku_kernels.ops import Arithmetic, check_arithmetic
 from nunchaku_kernels.quantize import quantize_svdq, smoothing_from_weights
 from nunchaku_kernels.quantize.modulation import quantize_modulation
+from nunchaku_models.calibration.run import CalibratedLayers, Calibration, fingerprint, work_path
+from nunchaku_models.calibration.run import calibrate as run_calibration
+from nunchaku_models.calibration.work import WorkFolder
 from nunchaku_models.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -26,6 +33,7 @@ from nunchaku_models.checkpoints import (
     StreamingWriter,
     TensorInfo,
     atomic_folder,
+    check_writable,
     flux_config,
     is_finite,
     open_checkpoint,
@@ -35,9 +43,13 @@ from nunchaku_models.checkpoints.errors import shown
 from nunchaku_models.checkpoints.sources import WEIGHT_SUFFIXES
 from nunchaku_models.dtypes import parse_dtype
 from nunchaku_models.families import FAMILIES, Family, LowRankLinear, Modulation
-from nunchaku_models.layers import PlannedLayer, empty_model, plan_layers, source_columns
+from nunchaku_models.layer_weights import layer_bias, layer_columns, layer_segments, layer_weight
+from nunchaku_models.layers import PlannedLayer, empty_model, plan_layers
+from nunchaku_models.prompts import calibration_prompts
 from nunchaku_models.published import WEIGHTS_NAME, file_metadata, folder_config
 
+Recipe = Literal["rtn", "data-free", "svdquant", "refined"]
+RECIPES: tuple[str, ...] = get_args(Recipe)
 MIN_IN_FEATURES = 64
 """A linear with fewer input channels than one scale group stays 16-bit."""
 
@@ -76,6 +88,7 @@ class Job:
         kept: linears that could be 4-bit and are too narrow.
         copied: diffusers names of the tensors that are only converted.
         precision, rank, dtype: of the layers.
+        recipe: how they are quantised.
     """
 
     family: Family
@@ -87,6 +100,7 @@ class Job:
     precision: Precision
     rank: int
     dtype: torch.dtype
+    recipe: Recipe = "data-free"
 
     @property
     def layers(self) -> tuple[PlannedLayer, ...]:
@@ -101,7 +115,7 @@ class Job:
             return ModulationLinear(
                 width, rows, num_chunks=layer.spec.num_chunks, dtype=self.dtype, device="meta", name=layer.path
             )
-        start, stop = _columns(layer, width, rows)
+        start, stop = layer_columns(layer, width, rows)
         fused = len(layer.sources) > 1
         return SVDQLinear(
             stop - start,
@@ -138,6 +152,7 @@ def plan(
     precision: Precision = "int4",
     rank: int = 32,
     dtype: torch.dtype = torch.bfloat16,
+    recipe: Recipe = "data-free",
 ) -> Job:
     """Decide which layers become 4-bit.
 
@@ -145,7 +160,7 @@ def plan(
         family: the model's page.
         config: its configuration.
         tensors: diffusers name -> header entry of the 16-bit model.
-        precision, rank, dtype: see `quantize_checkpoint`.
+        precision, rank, dtype, recipe: see `quantize_checkpoint`.
 
     Raises:
         CheckpointError: a tensor that the configuration asks for is missing, or not a matrix.
@@ -180,6 +195,7 @@ def plan(
         precision=precision,
         rank=rank,
         dtype=dtype,
+        recipe=recipe,
     )
 
 
@@ -187,7 +203,7 @@ def _fits(layer: PlannedLayer, shapes: list[tuple[int, ...]]) -> bool:
     rows, width = sum(shape[0] for shape in shapes), shapes[0][1]
     if isinstance(layer.spec, Modulation):
         return width % 64 == 0 and rows % (4 * layer.spec.num_chunks) == 0
-    start, stop = _columns(layer, width, rows)
+    start, stop = layer_columns(layer, width, rows)
     return stop - start >= MIN_IN_FEATURES
 
 
@@ -206,9 +222,19 @@ def quantize_checkpoint(
     dtype: str | torch.dtype = "bfloat16",
     seed: int = 0,
     progress: bool = True,
+    recipe: str | None = None,
+    calibrate: int | Sequence[str] | None = None,
+    gptq: bool = False,
+    base: str | os.PathLike[str] | None = None,
+    arithmetic: str | None = None,
+    device: str | None = None,
+    offload: bool = False,
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    guidance: float | None = None,
     **hub: Any,
 ) -> QuantizeReport:
-    """Quantise a diffusion transformer without calibration data.
+    """Quantise a diffusion transformer.
 
     Args:
         model: diffusers folder, single file (diffusers, BFL or ComfyUI names; fp8, fp16, bf16, fp32) or hub id.
@@ -217,13 +243,22 @@ def quantize_checkpoint(
         precision: "int4" or "nvfp4"; modulation layers are int4 either way.
         rank: rank of the low-rank branch, a multiple of 16; 0 for none.
         dtype: "bfloat16" or "float16", of the 16-bit tensors.
-        seed: of the randomised SVD; the same seed gives the same file.
-        progress: show a bar with the remaining time.
+        seed: of everything random; the same seed gives the same file.
+        progress: show bars with the remaining time.
+        recipe: "rtn", round to nearest with neither smoothing nor branch (rank 0); "data-free", from the weights alone,
+            the default without `calibrate`; "svdquant", as published; "refined", fitted to the inputs of every layer,
+            the default with `calibrate`.
+        calibrate: prompts for the last two: a number of the pipeline's own or of general ones, or the prompts.
+        gptq: round the residual of "svdquant" with GPTQ; "refined" includes it.
+        base: with `calibrate`, the pipeline that has what `model`, a transformer, lacks.
+        arithmetic: with `calibrate`, how the layers will be multiplied; default: with 4-bit activations.
+        device, offload, steps, size, guidance: of the calibration, see `calibration.Calibration`.
         hub: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, ...
 
     Raises:
-        ValueError: an unknown precision, rank or dtype.
-        CheckpointError: the model cannot be read, or the output cannot be written. Nothing was written then.
+        ValueError: an unknown or unfitting argument.
+        CheckpointError: the model cannot be read, or the output cannot be written. Nothing was written then, but an
+            unfinished calibration stays beside the output and is taken up by the next call with the same arguments.
     """
     started = time.monotonic()
     if precision not in ("int4", "nvfp4"):
@@ -233,7 +268,24 @@ def quantize_checkpoint(
         raise ValueError(f"rank must be a multiple of 16 from 0 to 1024, got {rank}")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed}")
+    chosen = _recipe(recipe, calibrate, gptq, rank)
     half = parse_dtype(dtype, allowed=(torch.bfloat16, torch.float16))
+    options: Calibration | None = None
+    if calibrate is not None:
+        options = Calibration(
+            recipe="svdquant" if chosen == "svdquant" else "refined",
+            prompts=_prompts(calibrate, base if base is not None else model),
+            gptq=gptq,
+            base=base,
+            arithmetic=_arithmetic(arithmetic, exact),
+            device=device,
+            offload=offload,
+            steps=steps,
+            size=size,
+            guidance=guidance,
+        )
+    elif any(value is not None for value in (base, arithmetic, device, steps, size, guidance)) or offload:
+        raise ValueError("base, arithmetic, device, offload, steps, size and guidance belong to a calibration")
     target = Path(output).expanduser()
     single_file = target.suffix in WEIGHT_SUFFIXES
     if target.suffix in (".bin", ".ckpt", ".gguf", ".pt", ".pth"):
@@ -245,18 +297,30 @@ def quantize_checkpoint(
         tensors = {name: view.info(name) for name in view}
         family = FAMILIES["flux"]
         _check_complete(family, config, tensors, source.where)
-        job = plan(family, config, tensors, precision=exact, rank=rank, dtype=half)
+        job = plan(family, config, tensors, precision=exact, rank=rank, dtype=half, recipe=chosen)
         if not job.layers:
             raise CheckpointError(f"{source.where}: no layer is wide enough to be quantised")
         with contextlib.ExitStack() as stack:
             if single_file:
                 file = target
+                check_writable(file)
             else:
                 folder = stack.enter_context(_output_folder(target, Path(model).expanduser()))
                 file = folder / WEIGHTS_NAME
                 text = folder_config(job.family.transformer_class, config, exact, rank)
                 (folder / "config.json").write_text(text)
-            nbytes = _write(view, job, file, published=single_file, seed=seed, progress=progress)
+            work: WorkFolder | None = None
+            layers: CalibratedLayers | None = None
+            if options is not None:
+                settings = fingerprint(view, options, precision=exact, rank=rank, dtype=half, seed=seed)
+                work = WorkFolder(work_path(target), settings)
+                layers = run_calibration(
+                    view, family, config, job.layers, model, options,
+                    precision=exact, rank=rank, dtype=half, seed=seed, work=work, progress=progress,
+                )  # fmt: skip
+            nbytes = _write(view, job, file, layers, published=single_file, seed=seed, progress=progress)
+        if work is not None:
+            work.remove()
     return QuantizeReport(
         output=target,
         quantized=len(job.layers),
@@ -265,6 +329,37 @@ def quantize_checkpoint(
         bytes_after=nbytes,
         seconds=time.monotonic() - started,
     )
+
+
+def _recipe(recipe: str | None, calibrate: object, gptq: bool, rank: int) -> Recipe:
+    """The recipe that was asked for, if the other arguments go with it."""
+    name = recipe or ("data-free" if calibrate is None else "refined")
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    if (name in ("svdquant", "refined")) != (calibrate is not None):
+        needs = "takes no calibration prompts" if calibrate is not None else "needs calibration prompts (`calibrate`)"
+        raise ValueError(f"recipe {name!r} {needs}")
+    if gptq and calibrate is None:
+        raise ValueError("GPTQ needs calibration prompts (`calibrate`)")
+    if name == "rtn" and rank:
+        raise ValueError(f"recipe 'rtn' has no low-rank branch: rank must be 0, got {rank}")
+    return name  # type: ignore[return-value]  # it is one of RECIPES
+
+
+def _prompts(calibrate: int | Sequence[str], pipeline: str | os.PathLike[str]) -> tuple[str, ...]:
+    if type(calibrate) is int:
+        return tuple(calibration_prompts(calibrate, pipeline))
+    if isinstance(calibrate, str | int) or not all(isinstance(prompt, str) for prompt in calibrate):
+        raise ValueError(f"calibrate must be a number or a sequence of prompts, got {calibrate!r}")
+    if not calibrate:
+        raise ValueError("calibrate: expected at least one prompt, got none")
+    return tuple(calibrate)
+
+
+def _arithmetic(arithmetic: str | None, precision: Precision) -> Arithmetic | None:
+    if arithmetic is not None:
+        check_arithmetic("calibration", precision, arithmetic)
+    return arithmetic  # type: ignore[return-value]  # checked
 
 
 def _check_complete(family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> None:
@@ -332,7 +427,16 @@ def _not_copied(names: list[str]) -> list[str]:
     return [name for name in names if name == "transformer" or name.startswith(".") or name.endswith(WEIGHT_SUFFIXES)]
 
 
-def _write(view: DiffusersView, job: Job, file: Path, *, published: bool, seed: int, progress: bool) -> int:
+def _write(
+    view: DiffusersView,
+    job: Job,
+    file: Path,
+    calibrated: CalibratedLayers | None,
+    *,
+    published: bool,
+    seed: int,
+    progress: bool,
+) -> int:
     shapes = {name: view.info(name).shape for name in view}
     rename = v2_to_v1 if published else str
     infos = [TensorInfo(rename(info.name), info.dtype, info.shape) for info in job.tensors(shapes)]
@@ -342,19 +446,28 @@ def _write(view: DiffusersView, job: Job, file: Path, *, published: bool, seed: 
     total = sum(_numel(view.info(name)) for name in view)
     smoothing = _Smoothing(view, job)
     with (
-        tqdm(total=total, unit="param", unit_scale=True, desc="quantize", disable=not progress) as bar,
+        tqdm(
+            total=total,
+            unit="param",
+            unit_scale=True,
+            desc="quantize" if calibrated is None else "write",
+            disable=not progress,
+        ) as bar,
         StreamingWriter(file, infos, metadata) as writer,
     ):
 
         def write(layers: tuple[PlannedLayer, ...]) -> None:
             for layer in layers:
-                values = _quantize_layer(view, job, layer, smoothing, torch.Generator().manual_seed(seed))
+                if calibrated is not None:
+                    values = calibrated.tensors(layer)
+                else:
+                    values = _quantize_layer(view, job, layer, smoothing, torch.Generator().manual_seed(seed))
                 for info in job.stored(layer, shapes):
                     writer.write(rename(info.name), values[info.name.removeprefix(f"{layer.path}.")])
                 for source in layer.sources:
                     view.release(f"{source}.weight")
                     rows, width = shapes[f"{source}.weight"]
-                    start, stop = _columns(layer, width, rows)
+                    start, stop = layer_columns(layer, width, rows)
                     bar.update(rows * (stop - start))
 
         write(job.modulation)
@@ -365,11 +478,6 @@ def _write(view: DiffusersView, job: Job, file: Path, *, published: bool, seed: 
         write(job.low_rank)
         bar.update(total - bar.n)
     return writer.nbytes
-
-
-def _columns(layer: PlannedLayer, width: int, rows: int) -> tuple[int, int]:
-    """The input columns of its source(s) that the layer takes."""
-    return source_columns(layer.spec, width, rows) if isinstance(layer.spec, LowRankLinear) else (0, width)
 
 
 def _converted(view: DiffusersView, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -385,26 +493,6 @@ def _suspect(view: DiffusersView, names: Iterable[str]) -> str:
         if name in view and not is_finite(view.tensor(name)):
             return f"tensor '{name}' in {view.where} holds NaN or infinity; the file is damaged, get it again"
     return ""
-
-
-def _weight(view: DiffusersView, layer: PlannedLayer) -> torch.Tensor:
-    """The layer's weight (N, K), rows of fused sources one after another; a view of the map where possible."""
-    parts = [view.tensor(f"{source}.weight") for source in layer.sources]
-    start, stop = _columns(layer, parts[0].shape[1], parts[0].shape[0])
-    parts = [part[:, start:stop] for part in parts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _bias(view: DiffusersView, layer: PlannedLayer) -> torch.Tensor | None:
-    """The layer's bias (N,). Of a linear split by columns, the part with the last columns carries it."""
-    if isinstance(layer.spec, LowRankLinear) and layer.spec.columns == "head":
-        return None
-    names = [f"{source}.bias" for source in layer.sources]
-    if not any(name in view for name in names):
-        return None
-    rows = [view.info(f"{source}.weight").shape[0] for source in layer.sources]
-    parts = [view.tensor(n).float() if n in view else torch.zeros(r) for n, r in zip(names, rows, strict=True)]
-    return torch.cat(parts)
 
 
 def _quantize_layer(
@@ -426,7 +514,7 @@ def _quantize_layer(
 def _packed(
     view: DiffusersView, job: Job, layer: PlannedLayer, smoothing: "_Smoothing", generator: torch.Generator
 ) -> Mapping[str, torch.Tensor]:
-    weight, bias = _weight(view, layer), _bias(view, layer)
+    weight, bias = layer_weight(view, layer), layer_bias(view, layer)
     if isinstance(layer.spec, Modulation):
         return quantize_modulation(weight, bias, layer.spec.num_chunks, dtype=job.dtype)
     quantized = quantize_svdq(
@@ -434,10 +522,11 @@ def _packed(
         bias,
         precision=job.precision,
         rank=job.rank,
-        smooth=smoothing.of(layer),
+        smooth=None if job.recipe == "rtn" else smoothing.of(layer),
         shift=GELU_SHIFT if layer.spec.after_gelu and job.precision == "int4" else 0.0,
-        segments=[view.info(f"{source}.weight").shape[0] for source in layer.sources],
+        segments=layer_segments(view, layer),
         dtype=job.dtype,
+        scale_search=job.recipe != "rtn",
         generator=generator,
     )
     return pack_svdq(quantized)
@@ -463,7 +552,7 @@ class _Smoothing:
         key = layer.smooth_with or layer.path
         if key not in self._vectors:
             weights = [self._view.tensor(f"{s}.weight") for member in self._groups[key] for s in member.sources]
-            start, stop = _columns(layer, weights[0].shape[1], weights[0].shape[0])
+            start, stop = layer_columns(layer, weights[0].shape[1], weights[0].shape[0])
             self._vectors[key] = smoothing_from_weights(
                 [weight[:, start:stop] for weight in weights], dtype=self._dtype
             )

@@ -28,6 +28,7 @@ from nunchaku_models.checkpoints.safetensors_writer import (
     StreamingWriter,
     atomic_folder,
     by_alignment,
+    check_writable,
 )
 from nunchaku_models.checkpoints.sources import Checkpoint, ShardedReader, open_checkpoint
 
@@ -47,6 +48,7 @@ __all__ = [
     "atomic_folder",
     "build_metadata",
     "by_alignment",
+    "check_writable",
     "comfy_config",
     "detect_family",
     "detect_form",

@@ -34,6 +34,11 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError unless a file can be written at `path`: hours of work later is too late to find out."""
+    _target(path)
+
+
 def _sync_folder(folder: Path) -> None:
     # Makes the new directory entry survive a crash; not every system lets a folder be opened or synced.
     with contextlib.suppress(OSError):

@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
         check_steps(args.steps)
     # slow imports, after what can be said without them
     from nunchaku_kernels.bench import report
-    from nunchaku_models.evaluation.drawing import read_prompts
     from nunchaku_models.evaluation.report import contact_sheet, markdown, report_rows
     from nunchaku_models.evaluation.run import evaluate_demo, evaluate_pipelines
     from nunchaku_models.evaluation.variants import select
+    from nunchaku_models.prompts import read_prompts
 
     _quiet(args.verbose, bars=not args.quiet)
     common = {
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         evaluation = evaluate_pipelines(
             args.model,
             args.reference,
-            read_prompts(args.prompts),
+            read_prompts(args.prompts, minimum=2),
             base=args.base,
             size=size,
             guidance=args.guidance,

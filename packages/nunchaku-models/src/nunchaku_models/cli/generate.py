@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps is not None:
         check_steps(args.steps)
     if not args.verbose:
-        _quiet_transformers()
+        quiet_transformers()
     loaded = load_pipeline(
         args.model,
         base=args.base,
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """Leave out transformers' hints about optional image processors, which text-to-image does not use.
 
     diffusers' own warnings stay: that a prompt was cut is one of them.

@@ -1,10 +1,11 @@
 """`nunchaku quantize MODEL -o OUT`: a 16-bit transformer becomes a 4-bit one, layer by layer."""
 
 import argparse
+import re
 from typing import Any
 
 DESCRIPTION = """\
-Quantise a diffusion transformer to 4 bits, without calibration data. Weights are read from the mapped file and written
+Quantise a diffusion transformer to 4 bits. Weights are read from the mapped file and written
 to the output one layer at a time, so a 24 GB model needs little memory. The output appears when it is complete: an
 interrupted run leaves nothing behind, and an earlier file of that name stays.
 
@@ -15,6 +16,13 @@ any other OUT becomes a diffusers folder: a whole pipeline if MODEL is a local o
   nunchaku quantize black-forest-labs/FLUX.1-dev -o flux-int4.safetensors
   nunchaku quantize my-finetune.safetensors -o my-finetune-int4.safetensors --rank 64
   nunchaku quantize my-pipeline/ -o my-pipeline-int4/
+
+Without --calibrate no data is needed. With it, the pipeline draws prompts and every layer is fitted to the inputs it
+gets: better pictures from files of the same format and size. It takes longer, and the 16-bit pipeline must run here.
+Interrupted, it goes on where it was when the same command is given again.
+
+  nunchaku quantize my-pipeline/ -o out.safetensors --calibrate 256
+  nunchaku quantize finetune.safetensors -o out.safetensors --calibrate prompts.txt --base black-forest-labs/FLUX.1-dev
 """
 
 
@@ -35,15 +43,45 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", help="dtype of the 16-bit tensors: bfloat16 (default) or float16"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the randomised SVD (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    parser.add_argument(
+        "--recipe",
+        help="data-free (default); refined (default with --calibrate); svdquant, as published; rtn, plain rounding",
+    )
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibrate", metavar="N|FILE", help="draw N built-in prompts, or those of a text file, one per line"
+    )
+    calibration.add_argument(
+        "--gptq", action="store_true", help="round the residual of svdquant with GPTQ (refined does so by itself)"
+    )
+    calibration.add_argument("--base", metavar="PIPELINE", help="pipeline that completes a transformer file")
+    calibration.add_argument(
+        "--arithmetic", help="how layers will be multiplied: w4a4 (default), w4a8; nvfp4 for --precision nvfp4"
+    )
+    calibration.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's own)")
+    calibration.add_argument("--size", metavar="WxH", help="pixels (default: the pipeline's own)")
+    calibration.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
+    calibration.add_argument("--device", help="torch device (default: cuda if there is one)")
+    calibration.add_argument("--offload", action="store_true", help="keep on the GPU only the part that runs")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Quantise and say what came out."""
+    from nunchaku_models.cli.generate import quiet_transformers
+    from nunchaku_models.generation import check_steps, parse_size
+    from nunchaku_models.prompts import read_prompts
     from nunchaku_models.quantizer import quantize_checkpoint
 
+    calibrate: int | list[str] | None = None
+    if args.calibrate is not None:
+        calibrate = int(args.calibrate) if re.fullmatch(r"\d{1,9}", args.calibrate) else read_prompts(args.calibrate)
+    if args.steps is not None:
+        check_steps(args.steps)
+    if calibrate is not None and not args.verbose:
+        quiet_transformers()
     report = quantize_checkpoint(
         args.model,
         args.output,
@@ -52,6 +90,16 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         seed=args.seed,
         progress=not args.quiet,
+        recipe=args.recipe,
+        calibrate=calibrate,
+        gptq=args.gptq,
+        base=args.base,
+        arithmetic=args.arithmetic,
+        device=args.device,
+        offload=args.offload,
+        steps=args.steps,
+        size=None if args.size is None else parse_size(args.size),
+        guidance=args.guidance,
     )
     for path in report.kept:
         print(f"kept in 16 bits: {path}")

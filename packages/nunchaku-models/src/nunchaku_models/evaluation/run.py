@@ -1,7 +1,6 @@
 """Draw the 16-bit pictures, draw them again with every other transformer, compare."""
 
 import gc
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,19 +20,19 @@ from nunchaku_models.checkpoints import (
     DiffusersView,
     detect_form,
     detect_precision,
-    is_finite,
     is_quantised,
     open_checkpoint,
 )
 from nunchaku_models.demo.judge import classify, load_judge
 from nunchaku_models.demo.prompts import LONG_LIST, SHORT_LIST
-from nunchaku_models.evaluation.drawing import call_arguments, draw
+from nunchaku_models.evaluation.drawing import draw
 from nunchaku_models.evaluation.metrics import Values, psnr, ssim
 from nunchaku_models.evaluation.sheet import MAX_COLUMNS, thumbnail
 from nunchaku_models.evaluation.transformers import NotHere, Workshop
 from nunchaku_models.evaluation.variants import GAINS, Variant
-from nunchaku_models.generation import LoadedPipeline, load_pipeline
+from nunchaku_models.generation import LoadedPipeline, call_arguments, load_pipeline
 from nunchaku_models.layers import quantized_layers
+from nunchaku_models.loading import load_16bit_weights
 
 OBJECTS = SHORT_LIST + LONG_LIST
 """What the demo can be asked to draw, best known first."""
@@ -225,7 +224,8 @@ def evaluate_pipelines(
 
     loaded = load_pipeline(base if _is_transformer(reference) else reference, device=device, dtype=dtype)
     if _is_transformer(reference):
-        _replace_weights(loaded.pipeline.transformer, reference)
+        with open_checkpoint(reference) as source:
+            load_16bit_weights(loaded.pipeline.transformer, DiffusersView(source))
     arguments = call_arguments(loaded.pipeline, loaded.defaults, steps=steps, size=size, guidance=guidance)
 
     def drawn(loaded: LoadedPipeline, label: str) -> Pictures:
@@ -256,28 +256,6 @@ def _is_transformer(path: str) -> bool:
 
 def _is_pipeline_folder(path: str) -> bool:
     return (Path(path).expanduser() / "model_index.json").is_file()
-
-
-def _replace_weights(transformer: Any, path: str | os.PathLike[str]) -> None:
-    """Overwrite a 16-bit transformer's values with those of a checkpoint of any naming, tensor by tensor.
-
-    Raises:
-        CheckpointError: another architecture than the transformer's, a quantised base, or values that do not fit.
-    """
-    if quantized_layers(transformer):
-        raise CheckpointError("the base pipeline's own transformer is quantised; the reference needs a 16-bit base")
-    own = transformer.state_dict()
-    with open_checkpoint(path) as source:
-        view = DiffusersView(source)
-        if {name: tuple(value.shape) for name, value in own.items()} != {n: tuple(view.info(n).shape) for n in view}:
-            raise CheckpointError(f"{source.where} is not of the same architecture as the base pipeline's transformer")
-        for name, value in own.items():
-            value.copy_(view.tensor(name))
-            if not is_finite(value):
-                raise CheckpointError(
-                    f"{source.where}: {name} holds NaN, infinity or values too large for {value.dtype}"
-                )
-            view.release(name)
 
 
 def _free_memory() -> None:

@@ -21,6 +21,9 @@ class LowRankLinear:
             them; or "tail", the rest. Two owners with "head" and "tail" split one linear.
         after_gelu: fed by a GELU: int4 files shift its input so that activations are unsigned.
         smooth_with: owner in the same block whose smoothing vector this one shares (same input, or by convention).
+        other_input: it shares by convention of the published quantiser only, its input is another tensor.
+        judged_by: module inside the block by whose output the published quantiser judges smoothing; "" for the whole
+            block, None for the layer itself.
     """
 
     module: str
@@ -29,6 +32,8 @@ class LowRankLinear:
     columns: Columns = "all"
     after_gelu: bool = False
     smooth_with: str = ""
+    other_input: bool = False
+    judged_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Block:
         low_rank: its `SVDQLinear` layers.
         modulation: its `ModulationLinear` layers.
         renamed: (v1 key, module path) of 16-bit tensors whose published v1 name differs.
+        returns: what a block returns, as names of its arguments that the next block takes.
     """
 
     prefix: str
@@ -61,6 +67,7 @@ class Block:
     low_rank: tuple[LowRankLinear, ...]
     modulation: tuple[Modulation, ...]
     renamed: tuple[tuple[str, str], ...] = ()
+    returns: tuple[str, ...] = ("hidden_states",)
 
 
 @dataclass(frozen=True)
