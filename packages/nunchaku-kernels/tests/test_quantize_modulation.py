@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nunchaku_kernels.nn import ModulationLinear
-from nunchaku_kernels.quantize import quantize_modulation
+from nunchaku_kernels.quantize import InputMoments, quantize_modulation
 
 
 def layer_of(weight: torch.Tensor, bias: torch.Tensor | None, chunks: int, dtype: torch.dtype) -> ModulationLinear:
@@ -52,3 +52,23 @@ def test_bad_values_are_named() -> None:
         quantize_modulation(torch.full((24, 64), torch.nan), None, 6)
     with pytest.raises(ValueError, match="chunks"):
         quantize_modulation(torch.randn(24, 64), None, 5)
+
+
+@pytest.mark.parametrize("chunks", [3, 6])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_codes_fitted_to_the_inputs(chunks: int, with_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(chunks)
+    weight = torch.randn(16 * chunks, 192, generator=generator)
+    bias = torch.randn(16 * chunks, generator=generator) if with_bias else None
+    # few directions and a large mean, as embeddings of time and text have
+    x = torch.randn(300, 12, generator=generator) @ torch.randn(12, 192, generator=generator) + 3
+    moments = InputMoments(torch.ones(192, dtype=torch.bfloat16), arithmetic="w4a16")
+    moments.update(x)
+    exact = torch.nn.functional.linear(x, weight, bias)
+
+    def error(fitted: InputMoments | None) -> float:
+        layer = ModulationLinear(192, 16 * chunks, num_chunks=chunks, device="meta")
+        layer.load_packed(quantize_modulation(weight, bias, chunks, moments=fitted))
+        return float((layer(x.bfloat16()).float() - exact).square().mean() / exact.var(dim=0).mean())
+
+    assert error(moments) < 0.5 * error(None) < 0.01

@@ -27,7 +27,10 @@ def damped_cholesky(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     Raises:
         ValueError: the matrix is not finite, or so far from positive that no damping helps.
     """
-    matrix = require_tensor("matrix", matrix, (None, None), (torch.float32,)).clone()
+    require_tensor("matrix", matrix, (None, None), (torch.float32,))
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix: expected a square matrix, got {list(matrix.shape)}")
+    matrix = matrix.clone()
     diagonal = matrix.diagonal()
     mean = float(diagonal.mean())
     diagonal.masked_fill_(diagonal <= 0, mean if mean > 0 else 1.0)
@@ -127,6 +130,6 @@ def descend(target: torch.Tensor, start: QuantizedResidual, hessian: torch.Tenso
 def _best_scale(levels: torch.Tensor, slope: torch.Tensor, inner: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The scale [N] of one group (levels and slope [64, N]) that minimises the error, in its dtype."""
     curvature = (levels * (inner @ levels)).sum(dim=0)
-    best = scale.float() + (levels * slope).sum(dim=0) / curvature
-    usable = (curvature > 0) & best.isfinite() & (best > 0)
-    return torch.where(usable, best, scale.float()).to(scale.dtype)
+    # Rounded first: what fp32 holds can be zero or infinite as a half.
+    best = (scale.float() + (levels * slope).sum(dim=0) / curvature).to(scale.dtype)
+    return torch.where((curvature > 0) & best.isfinite() & (best > 0), best, scale)

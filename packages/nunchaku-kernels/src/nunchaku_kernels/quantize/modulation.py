@@ -44,7 +44,12 @@ def quantize_modulation(
     if moments is None:
         codes, scales, zeros = quantize_w4a16(weight, group_size, scale_search=True, dtype=dtype)
     else:
-        require_multiple("group_size", "it", group_size, GROUP_SIZES["int4"])
+        if group_size != GROUP_SIZES["int4"]:
+            raise ValueError(f"group_size: expected {GROUP_SIZES['int4']} with moments, got {group_size}")
+        if moments.arithmetic != "w4a16" or moments.shift or not (moments.smooth == 1).all():
+            raise ValueError(
+                "moments: expected arithmetic 'w4a16', no shift and a smoothing vector of ones, got others"
+            )
         # Stored codes mean -7..8, those of the quantiser -8..7: quantise the negative.
         negative = quantize_refined(-weight, None if bias is None else -bias, moments, rank=0, dtype=dtype).weights
         codes, scales = (INT4_MAX - negative.codes).to(torch.uint8), negative.scales

@@ -16,6 +16,10 @@ from nunchaku_kernels.quantize.activations import quantized_activations
 _CHUNK = 8192
 """Tokens worked on at a time."""
 
+_LEAST_VARIANCE = 1e-3
+
+_FOLDS = {"fit": [0], "held out": [1], "all": [0, 1]}
+
 
 @dataclass(frozen=True)
 class Covariances:
@@ -43,10 +47,12 @@ class Covariances:
         to make the error on the data smaller.
 
         Args:
-            weight: variance of these inputs, relative to that of each channel in the data.
+            weight: variance of these inputs, relative to that of each channel in the data; a channel that hardly varies
+                there counts as a thousandth of the average one, or its weights would be lost.
             smooth: divisors fp32 [K].
         """
-        variance = weight * self.quantized.diagonal()
+        variance = self.quantized.diagonal()
+        variance = weight * variance.clamp(min=_LEAST_VARIANCE * float(variance.mean()))
         additions = {
             "quantized": variance,
             "input_quantized": variance * smooth,
@@ -143,9 +149,11 @@ class InputMoments:
         """Means and covariances over the tokens to "fit" to, over those "held out", or over "all".
 
         Raises:
-            ValueError: no such token was taken in, or one that is not finite.
+            ValueError: another word; no such token was taken in; or one that is not finite, or whose square is not.
         """
-        folds = {"fit": [0], "held out": [1], "all": [0, 1]}[which]
+        if which not in _FOLDS:
+            raise ValueError(f"which: expected 'fit', 'held out' or 'all', got {which!r}")
+        folds = _FOLDS[which]
         tokens = sum(self._tokens[fold] for fold in folds)
         if not tokens or self._origins is None:
             raise ValueError(f"x: expected at least one token ({which}), got none")
@@ -156,7 +164,7 @@ class InputMoments:
             for column in range(row + 1):
                 central[row, column] = next(products).addr_(means[row], means[column], alpha=-1)
         absolute = [mean + origin for mean, origin in zip(means, self._origins, strict=True)]
-        if not all(mean.isfinite().all() for mean in absolute):
+        if not all(values.isfinite().all() for values in (*absolute, *(m.diagonal() for m in central.values()))):
             raise ValueError("x: expected finite activations, got NaN or infinity")
         reference = 2 if self.has_reference else 0
         return Covariances(

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from nunchaku_kernels._checks import ceil_to
 from nunchaku_kernels.formats import SVDQWeights
 from nunchaku_kernels.formats.svdq import GROUP_SIZES, Precision
+from nunchaku_kernels.ops.arithmetic import check_arithmetic
 from nunchaku_kernels.quantize.gptq import damped_cholesky, descend, gptq
 from nunchaku_kernels.quantize.lowrank import truncated_svd
 from nunchaku_kernels.quantize.moments import Covariances, InputMoments
@@ -76,6 +77,7 @@ def quantize_refined(
     check_arguments(weight, bias, precision, rank, moments.shift, dtype, num_iters)
     members = fused_members(segments, weight.shape[0])
     columns = weight.shape[1]
+    check_arithmetic("moments", precision, moments.arithmetic)
     if moments.smooth.numel() != columns:
         raise ValueError(f"moments: expected {columns} channels, got {moments.smooth.numel()}")
     if not priors:
@@ -139,14 +141,14 @@ def _fit(
         residual = descend(target, residual, known.quantized)
         if rank and iteration + 1 < num_iters:
             missed = weight @ known.reference_input - residual.dequantize() @ known.input_quantized.t()
-            up, down = _reduced_rank_regression(missed, known.input, rank, dtype, generator)
+            up, down = reduced_rank_regression(missed, known.input, rank, dtype, generator)
     assert residual is not None
     offset = weight @ known.reference_mean - residual.times(known.quantized_mean)
     offset -= up.float() @ (down.float() @ known.input_mean)
     return _Fit(residual, up, down, offset if bias is None else offset + bias.float())
 
 
-def _reduced_rank_regression(
+def reduced_rank_regression(
     covariance: torch.Tensor,
     inputs: torch.Tensor,
     rank: int,

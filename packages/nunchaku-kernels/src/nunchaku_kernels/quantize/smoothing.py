@@ -55,7 +55,7 @@ def smoothing_from_weights(
 
 
 class InputSpans:
-    """How large each channel of a layer's input gets, over tokens given in parts: absolute maximum and root mean square.
+    """Absolute maximum and root mean square of each channel of a layer's input, over tokens given in parts.
 
     Args:
         columns: K.
@@ -71,6 +71,8 @@ class InputSpans:
     def update(self, x: torch.Tensor) -> None:
         """Take in tokens [M, K]."""
         t = require_tensor("x", x, (None, self._absmax.numel()), FLOAT_DTYPES).float() + self.shift
+        if not len(t):
+            return
         self._absmax = torch.maximum(self._absmax, t.abs().amax(dim=0))
         self._squares += t.square().sum(dim=0)
         self._tokens += t.shape[0]

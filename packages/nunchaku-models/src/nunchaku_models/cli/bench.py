@@ -22,9 +22,9 @@ Measure 4-bit operators on this machine against torch's own, in one process, tak
 
 QUANTIZER = """\
 What each step of quantising a layer buys: output error on tokens that were not calibrated on, from round-to-nearest
-through published SVDQuant to our calibrated quantiser, and parts of ours left out. Layers and tokens are made up, from a
-seed; a shape with K > N is taken for a down-projection behind a GELU. A 3072x3072 layer takes minutes on two cores, the
-default shapes need 24 GB of memory and are meant for a GPU.
+through published SVDQuant to our calibrated quantiser, and parts of ours left out. Layers and tokens are made up from a
+seed; a shape with K > N is taken for a down-projection behind a GELU. A 3072x3072 layer takes minutes on two cores; the
+default shapes, FLUX's, are for a GPU.
 
   nunchaku bench quantizer --quick
   nunchaku bench quantizer --shape 3072x3072 --json
