@@ -54,7 +54,7 @@ BASELINE = "svdquant"
 
 _GELU_SHIFT = 0.171875
 _MAX_FITS = 100
-_REFINED_ITERS = 4
+_REFINED_ITERS = 3
 _FIXED_PRIOR = 0.01
 _JUDGED_TOKENS = 512
 _TEST_TOKENS = 1024
@@ -317,12 +317,12 @@ class Recipes:
         for iteration in range(_REFINED_ITERS):
             if iteration and residual is not None:
                 if regression:
-                    missed = weight @ known.reference_input - residual.dequantize() @ known.input_quantized.t()
+                    missed = weight @ known.input - residual.dequantize() @ known.input_quantized.t()
                     up, down = reduced_rank_regression(missed, known.input, RANK, dtype, None)
                 else:
                     up, down = branch_of_weights(residual.subtracted_from(weight * smooth))
             if awareness:
-                left = weight @ known.reference_quantized - up.float() @ (down.float() @ known.input_quantized)
+                left = weight @ known.input_quantized - up.float() @ (down.float() @ known.input_quantized)
                 target = torch.cholesky_solve(left.t(), factor).t().contiguous()
             else:
                 target = (weight - up.float() @ down.float()) * smooth
@@ -332,7 +332,7 @@ class Recipes:
             if descent:
                 residual = descend(target, residual, known.quantized)
         assert residual is not None
-        offset = weight @ known.reference_mean - residual.times(known.quantized_mean)
+        offset = weight @ known.input_mean - residual.times(known.quantized_mean)
         offset -= up.float() @ (down.float() @ known.input_mean)
         return SVDQWeights(
             precision=self.precision,

@@ -87,6 +87,7 @@ def quantize_residual(
     dtype: torch.dtype,
     *,
     scale_search: bool = True,
+    symmetric: bool = False,
 ) -> QuantizedResidual:
     """Round to nearest.
 
@@ -96,9 +97,10 @@ def quantize_residual(
         members: row counts of fused members; with several, nvfp4 gives each its own tensor scale (`wcscales`).
         dtype: of the 16-bit scales.
         scale_search: search each group's scale by its error instead of taking the largest magnitude.
+        symmetric: see `quantize_int4`.
     """
     if precision == "int4":
-        return QuantizedResidual(*quantize_int4(residual, dtype=dtype, scale_search=scale_search))
+        return QuantizedResidual(*quantize_int4(residual, dtype=dtype, scale_search=scale_search, symmetric=symmetric))
     parts = [quantize_nvfp4(part, dtype, scale_search=scale_search) for part in residual.split(list(members))]
     codes, micro_scales, tensor_scales = zip(*parts, strict=True)
     if len(parts) == 1:

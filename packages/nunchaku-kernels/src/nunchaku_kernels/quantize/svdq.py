@@ -104,7 +104,9 @@ def quantize_svdq(
         del missed
         proj_up, proj_down = up.to(dtype), (pad(down, (0, padding)) / divisor).to(dtype)
         residual = left_by(proj_up, proj_down)
-        quantized = quantize_residual(residual, precision, members, dtype, scale_search=scale_search)
+        quantized = quantize_residual(
+            residual, precision, members, dtype, scale_search=scale_search, symmetric=shift > 0
+        )
         del residual
         if judge is not None:
             error = judge(assembled(quantized, proj_up, proj_down))

@@ -25,7 +25,7 @@ from nunchaku_models.checkpoints import CheckpointError, DiffusersView
 from nunchaku_models.families import Family
 from nunchaku_models.layers import PlannedLayer
 
-TOKENS_PER_CHANNEL = 128
+TOKENS_PER_CHANNEL = 48
 """Tokens to calibrate on, for each input channel of the widest layer."""
 MAX_BATCH = 16
 _SMALL_MODEL = 1_000_000_000
