@@ -13,13 +13,14 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from quantize_block import JOINT_BLOCKS, SINGLE_BLOCKS, write_model
 from tqdm import tqdm
 
 from nunchaku_kernels.bench import Row, report, table
-from nunchaku_models.calibration.blocks import BlockStream
+from nunchaku_models.calibration.blocks import BlockStream, LoadedBlock
 from nunchaku_models.calibration.layers import BlockLayer, Results, Settings
 from nunchaku_models.calibration.published import calibrate_block
 from nunchaku_models.calibration.records import Call
@@ -67,7 +68,8 @@ def measure(file: Path, recipe: str, calls: list[Call], settings: Settings) -> t
         config = flux_config(source)
         stream = BlockStream(view, FLUX, config, calls, dtype=settings.dtype, device=settings.device)
         block = next(iter(stream))
-        once = min(_timed(settings, lambda: next(block.sweep())) for _ in range(3))
+        arguments = block.arguments(block.calls[0])
+        once = min(_timed(settings, lambda: _run(block, arguments)) for _ in range(3))
         layers = [BlockLayer.load(layer, block.path, view, settings) for layer in plan_layers(FLUX, config)]
         results: Results = {}
         if recipe == "refined":
@@ -75,6 +77,11 @@ def measure(file: Path, recipe: str, calls: list[Call], settings: Settings) -> t
         else:
             work = calibrate_block(stream.model, block, layers, settings, results)
         return _timed(settings, lambda: [None for _ in tqdm(work, total=2 * len(calls) + len(layers))]), once
+
+
+@torch.no_grad()
+def _run(block: LoadedBlock, arguments: dict[str, Any]) -> None:
+    block.module(**arguments)
 
 
 def _timed(settings: Settings, run: object) -> float:

@@ -166,7 +166,7 @@ def load_pipeline(
         CheckpointError, ValueError: with a sentence that says what is wrong and what to do.
     """
     started = time.monotonic()
-    place = _device(device)
+    place = resolve_device(device)
     if offload and place.type == "cpu":
         raise ValueError("offloading moves parts between CPU and GPU; the device is the CPU")
     half = _dtype(dtype, place)
@@ -333,7 +333,12 @@ def generate(
     )
 
 
-def _device(name: str | None) -> torch.device:
+def resolve_device(name: str | None) -> torch.device:
+    """A device that computes here; a GPU if there is one and none is named.
+
+    Raises:
+        ValueError: it cannot be used, and why.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -272,6 +272,7 @@ def quantize_checkpoint(
     half = parse_dtype(dtype, allowed=(torch.bfloat16, torch.float16))
     options: Calibration | None = None
     if calibrate is not None:
+        _check_drawing(steps, size)
         options = Calibration(
             recipe="svdquant" if chosen == "svdquant" else "refined",
             prompts=_prompts(calibrate, base if base is not None else model),
@@ -314,10 +315,14 @@ def quantize_checkpoint(
             if options is not None:
                 settings = fingerprint(view, options, precision=exact, rank=rank, dtype=half, seed=seed)
                 work = WorkFolder(work_path(target), settings)
-                layers = run_calibration(
-                    view, family, config, job.layers, model, options,
-                    precision=exact, rank=rank, dtype=half, seed=seed, work=work, progress=progress,
-                )  # fmt: skip
+                try:
+                    layers = run_calibration(
+                        view, family, config, job.layers, model, options,
+                        precision=exact, rank=rank, dtype=half, seed=seed, work=work, progress=progress,
+                    )  # fmt: skip
+                except BaseException:
+                    work.remove_if_unused()
+                    raise
             nbytes = _write(view, job, file, layers, published=single_file, seed=seed, progress=progress)
         if work is not None:
             work.remove()
@@ -349,11 +354,24 @@ def _recipe(recipe: str | None, calibrate: object, gptq: bool, rank: int) -> Rec
 def _prompts(calibrate: int | Sequence[str], pipeline: str | os.PathLike[str]) -> tuple[str, ...]:
     if type(calibrate) is int:
         return tuple(calibration_prompts(calibrate, pipeline))
-    if isinstance(calibrate, str | int) or not all(isinstance(prompt, str) for prompt in calibrate):
+    if (
+        isinstance(calibrate, str)
+        or not isinstance(calibrate, Sequence)
+        or not all(isinstance(prompt, str) for prompt in calibrate)
+    ):
         raise ValueError(f"calibrate must be a number or a sequence of prompts, got {calibrate!r}")
     if not calibrate:
         raise ValueError("calibrate: expected at least one prompt, got none")
     return tuple(calibrate)
+
+
+def _check_drawing(steps: int | None, size: tuple[int, int] | None) -> None:
+    from nunchaku_models.generation import check_steps, parse_size
+
+    if steps is not None:
+        check_steps(steps)
+    if size is not None:
+        parse_size("x".join(map(str, size)))
 
 
 def _arithmetic(arithmetic: str | None, precision: Precision) -> Arithmetic | None:

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,9 +106,11 @@ def calibrate(
     Raises:
         ValueError, CheckpointError: a pipeline, prompt setting or device that does not fit.
     """
+    from nunchaku_models.generation import resolve_device  # imports as in `_recorded`
+
+    place = resolve_device(options.device)
     if not work.has_calls():
         work.keep_calls(_recorded(view, layers, model, options, dtype, seed, progress))
-    place = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     arithmetic = options.arithmetic or ("nvfp4" if precision == "nvfp4" else "w4a4")
     check_arithmetic("calibration", precision, arithmetic)
     settings = Settings(precision, rank, dtype, arithmetic, options.gptq, seed, place)
@@ -118,14 +121,14 @@ def calibrate(
         for block in stream:
             planned = [layer for layer in layers if blocks[layer.path] == block.path]
             share = sum(_cost(view, layer) for layer in planned)
-            if work.has_block(block.path):
+            if work.has_block(block.path, [layer.path for layer in planned]):
                 for _ in block.advance():
                     pass
                 bar.update(share)
                 bar.unpause()
                 continue
             for done in _calibrated(stream, block, planned, view, options, settings, work):
-                bar.update(share * done)
+                bar.update(min(share * done, total - bar.n))  # shares add up to 1 but for rounding
     return CalibratedLayers(work, blocks)
 
 
@@ -205,12 +208,12 @@ def fingerprint(
         value = view.tensor(name).reshape(-1)
         header.update(value[:: max(1, value.numel() // 64)].float().numpy().tobytes())
         view.release(name)
-    prompts = hashlib.sha256("\n".join(options.prompts).encode()).hexdigest()
+    prompts = hashlib.sha256(json.dumps(options.prompts).encode()).hexdigest()
     return {
         "model": header.hexdigest(),
         "recipe": options.recipe,
         "prompts": prompts,
-        "gptq": options.gptq,
+        "gptq": options.gptq and options.recipe == "svdquant",
         "base": None if options.base is None else os.fspath(options.base),
         "arithmetic": options.arithmetic,
         "steps": options.steps,

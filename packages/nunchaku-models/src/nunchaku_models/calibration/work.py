@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class WorkFolder:
                 if any(path.iterdir()):
                     raise CheckpointError(f"{path} is in the way: it is no folder of this program; remove it")
                 file.write_text(text)
-            elif file.read_text() != text:
+            elif file.read_bytes() != text.encode():
                 raise CheckpointError(
                     f"{path} holds an unfinished calibration with other settings ({_difference(file, settings)}); "
                     "remove it to start anew, or run the command as before to finish it"
@@ -51,6 +52,11 @@ class WorkFolder:
     def remove(self) -> None:
         """Delete the folder: its work is finished."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def remove_if_unused(self) -> None:
+        """Delete the folder if nothing was kept in it."""
+        if [entry.name for entry in self.path.iterdir()] == [_SETTINGS]:
+            self.remove()
 
     def has_calls(self) -> bool:
         """Whether `keep_calls` was finished."""
@@ -83,23 +89,44 @@ class WorkFolder:
         self._write(self.path / _CALLS, tensors, {"calls": json.dumps(index)})
 
     def calls(self) -> list[Call]:
-        """What `keep_calls` stored."""
-        with SafetensorsReader(self.path / _CALLS) as file:
+        """What `keep_calls` stored.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self.path / _CALLS
+        with self._open(path) as file:
             text = '{"calls": ' + file.metadata.get("calls", "") + "}"
-            index = parse_json_object(text, where=f"{self.path / _CALLS}", max_bytes=_INDEX_BYTES)["calls"]
+            index = parse_json_object(text, where=str(path), max_bytes=_INDEX_BYTES)["calls"]
             tensors = {name: file.tensor(name).clone() for name in file}
-        calls = []
-        for entry in index:
-            arguments = {
-                key: tensors[value["tensor"]] if "tensor" in value else value["value"]
-                for key, value in entry["arguments"].items()
-            }
-            calls.append(Call(arguments, bool(entry["held_out"])))
+            calls = []
+            try:
+                for entry in index:
+                    arguments = {
+                        key: tensors[value["tensor"]] if "tensor" in value else value["value"]
+                        for key, value in entry["arguments"].items()
+                    }
+                    calls.append(Call(arguments, bool(entry["held_out"])))
+            except (AttributeError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path} has a damaged index") from error
+            if not calls:
+                raise CheckpointError(f"{path} holds no calls")
         return calls
 
-    def has_block(self, block: str) -> bool:
-        """Whether a block's layers were stored."""
-        return self._block(block).is_file()
+    def has_block(self, block: str, layers: Iterable[str] = ()) -> bool:
+        """Whether a block's layers were stored.
+
+        Raises:
+            CheckpointError: the file is damaged, or lacks one of `layers`.
+        """
+        if not self._block(block).is_file():
+            return False
+        with self._open(self._block(block)) as file:
+            stored = {name.rpartition(".")[0] for name in file}
+            for path in layers:
+                if path not in stored:
+                    raise CheckpointError(f"{file.where} does not hold the layer {path}")
+        return True
 
     def keep_block(self, block: str, layers: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Store the published tensors of a block's layers: path -> name -> tensor."""
@@ -109,12 +136,21 @@ class WorkFolder:
 
     def layer(self, block: str, path: str) -> dict[str, torch.Tensor]:
         """The published tensors of one layer of a stored block."""
-        with SafetensorsReader(self._block(block)) as file:
+        with self._open(self._block(block)) as file:
             names = [name for name in file if name.rpartition(".")[0] == path]
             return {name.rpartition(".")[2]: file.tensor(name).clone() for name in names}
 
     def _block(self, block: str) -> Path:
         return self.path / f"{block}.safetensors"
+
+    @contextmanager
+    def _open(self, file: Path) -> Iterator[SafetensorsReader]:
+        """A file of this folder; errors say what to do about it."""
+        try:
+            with SafetensorsReader(file) as reader:
+                yield reader
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; remove {self.path} to start anew") from error
 
     @staticmethod
     def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -127,7 +163,7 @@ class WorkFolder:
 def _difference(file: Path, settings: Mapping[str, Any]) -> str:
     """Names of the settings that are not as in `file`."""
     try:
-        before = parse_json_object(file.read_text(), where=str(file))
+        before = parse_json_object(file.read_bytes(), where=str(file))
     except CheckpointError:
         return "unreadable"
     return ", ".join(sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)))
