@@ -53,7 +53,7 @@ def test_prompts_files_that_are_refused(content: bytes, says: str, tmp_path: Pat
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=says) as caught:
-        read_prompts(file)
+        read_prompts(file, minimum=2)
     assert "prompts.txt" in str(caught.value) and len(str(caught.value)) < 400
 
 
