@@ -202,14 +202,22 @@ def test_any_memory_layout_of_x(random_weights: RandomWeights, arithmetic: str) 
         "3d permuted": randn(192, 2, 3).permute(1, 2, 0),
         "negative bit": torch.view_as_complex(randn(5, 192, 2, dtype=torch.float32)).conj().imag,
     }
+
+    def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+        if (
+            arithmetic == "w4a16"
+        ):  # torch's own product, which picks another kernel for other strides where there is AMX
+            return torch.allclose(actual.float(), expected.float(), rtol=2**-7, atol=2**-7)
+        return torch.equal(actual, expected)
+
     for name, x in views.items():
         expected = layer(x.clone(memory_format=torch.contiguous_format))
-        assert torch.equal(layer(x), expected), name
+        assert same(layer(x), expected), name
     gate, residual = randn(200, 1).t(), randn(200, 5).t()
     x = views["transposed"]
     expected = layer(x.contiguous(), gate=gate.contiguous(), residual=residual.contiguous())
-    assert torch.equal(layer(x, gate=gate, residual=residual), expected)
-    assert torch.equal(layer(x, gate=gate[:, :1].expand(5, 200)), layer(x, gate=gate[:, :1].expand(5, 200).clone()))
+    assert same(layer(x, gate=gate, residual=residual), expected)
+    assert same(layer(x, gate=gate[:, :1].expand(5, 200)), layer(x, gate=gate[:, :1].expand(5, 200).clone()))
 
 
 @given(dtype=st.sampled_from(DTYPES), value=st.sampled_from([float("inf"), float("-inf"), float("nan")]))
