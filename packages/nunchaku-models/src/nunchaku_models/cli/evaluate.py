@@ -38,7 +38,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--num-prompts", type=int, metavar="N", help="demo: number of objects to draw (64)")
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="demo: only these rows, e.g. '*/data-free'")
-    parser.add_argument("--calibrate", type=int, metavar="N", help="demo: calibration prompts of calibrated rows (64)")
+    parser.add_argument("--calibrate", type=int, metavar="N", help="demo: calibration prompts of calibrated rows (256)")
     parser.add_argument(
         "--work", metavar="DIR", help="demo: keep the 4-bit files here, and use those that are (default: keep none)"
     )
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         evaluation = evaluate_demo(
             variants,
             num_prompts=args.num_prompts or 64,
-            calibrate=args.calibrate or 64,
+            calibrate=args.calibrate or 256,
             work=None if args.work is None else _folder(Path(args.work).expanduser()),
             batch=args.batch or 32,
             **common,
