@@ -15,6 +15,7 @@ from nunchaku_models import quantize_checkpoint
 from nunchaku_models.calibration.blocks import LoadedBlock
 from nunchaku_models.calibration.refined import refine_block
 from nunchaku_models.checkpoints import CheckpointError
+from nunchaku_models.cli.main import main
 
 PROMPTS = ["a cat", "two dogs"]
 BLOCKS = ["transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1"]
@@ -222,3 +223,17 @@ def test_a_device_that_is_not_there(pipeline_folder: Path, unfinished: Path) -> 
     for device in ("warp", "cuda:99"):
         with pytest.raises(ValueError, match=f"{device}.* cannot be used here"):
             quantize(pipeline_folder, unfinished, device=device)
+
+
+def test_the_command_says_that_it_can_go_on(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration, "refine_block", interrupt)
+    output = tmp_path / "out.safetensors"
+    command = ["quantize", str(pipeline_folder), "-o", str(output), "--calibrate", "2", "--steps", "1", "--size", "32"]
+    assert main([*command, "--quiet"]) == 130
+    said = capsys.readouterr().err
+    assert f"{output}.calibration keeps what is finished" in said and "same command" in said
+    monkeypatch.setattr(calibration, "record_calls", interrupt)
+    assert main([*command, "--quiet", "-o", str(tmp_path / "other.safetensors")]) == 130
+    assert "same command" not in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
@@ -70,6 +72,7 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantise and say what came out."""
+    from nunchaku_models.calibration.run import work_path
     from nunchaku_models.cli.generate import quiet_transformers
     from nunchaku_models.generation import check_steps, parse_size
     from nunchaku_models.prompts import read_prompts
@@ -82,25 +85,33 @@ def run(args: argparse.Namespace) -> int:
         check_steps(args.steps)
     if calibrate is not None and not args.verbose:
         quiet_transformers()
-    report = quantize_checkpoint(
-        args.model,
-        args.output,
-        precision=args.precision,
-        rank=args.rank,
-        dtype=args.dtype,
-        seed=args.seed,
-        progress=not args.quiet,
-        recipe=args.recipe,
-        calibrate=calibrate,
-        gptq=args.gptq,
-        base=args.base,
-        arithmetic=args.arithmetic,
-        device=args.device,
-        offload=args.offload,
-        steps=args.steps,
-        size=None if args.size is None else parse_size(args.size),
-        guidance=args.guidance,
-    )
+    try:
+        report = quantize_checkpoint(
+            args.model,
+            args.output,
+            precision=args.precision,
+            rank=args.rank,
+            dtype=args.dtype,
+            seed=args.seed,
+            progress=not args.quiet,
+            recipe=args.recipe,
+            calibrate=calibrate,
+            gptq=args.gptq,
+            base=args.base,
+            arithmetic=args.arithmetic,
+            device=args.device,
+            offload=args.offload,
+            steps=args.steps,
+            size=None if args.size is None else parse_size(args.size),
+            guidance=args.guidance,
+        )
+    except KeyboardInterrupt:
+        unfinished = work_path(Path(args.output).expanduser())
+        if unfinished.is_dir():
+            print(
+                f"nunchaku: {unfinished} keeps what is finished; the same command goes on from there", file=sys.stderr
+            )
+        raise
     for path in report.kept:
         print(f"kept in 16 bits: {path}")
     before, after = report.bytes_before, report.bytes_after
