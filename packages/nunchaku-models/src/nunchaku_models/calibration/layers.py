@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from nunchaku_kernels.formats import SVDQWeights
 from nunchaku_kernels.formats.svdq import Precision
 from nunchaku_kernels.nn import GELU_SHIFT
 from nunchaku_kernels.ops import Arithmetic
-from nunchaku_kernels.quantize import InputSpans
+from nunchaku_kernels.quantize import InputSpans, quantize_svdq, relative_output_error
 from nunchaku_models.calibration.blocks import LoadedBlock
 from nunchaku_models.calibration.records import Call
 from nunchaku_models.checkpoints import DiffusersView
@@ -105,6 +107,27 @@ class BlockLayer:
     def is_modulation(self) -> bool:
         """Whether the layer is weight-only, without low-rank branch."""
         return not isinstance(self.plan.spec, LowRankLinear)
+
+    def quantized(self, smooth: torch.Tensor, settings: Settings, **how: Any) -> SVDQWeights:
+        """`quantize_svdq` of the layer; `how` says what the settings leave open."""
+        return quantize_svdq(
+            self.weight,
+            self.bias,
+            precision=settings.precision,
+            rank=settings.rank,
+            smooth=smooth,
+            shift=self.shift,
+            segments=self.segments,
+            dtype=settings.dtype,
+            generator=settings.generator(),
+            **how,
+        )
+
+    def error(self, weights: SVDQWeights, settings: Settings) -> float:
+        """Relative output error of these weights on the sample."""
+        return relative_output_error(
+            self.weight, self.bias, weights, self.sample, shift=self.shift, arithmetic=settings.arithmetic
+        )
 
 
 def grouped(layers: Sequence[BlockLayer], key: Callable[[BlockLayer], str]) -> list[list[BlockLayer]]:

@@ -19,8 +19,6 @@ from nunchaku_kernels.quantize import (
     InputMoments,
     published_candidates,
     quantize_modulation,
-    quantize_svdq,
-    relative_output_error,
 )
 from nunchaku_models.calibration.blocks import LoadedBlock
 from nunchaku_models.calibration.layers import (
@@ -107,11 +105,11 @@ def _searched_smoothing(
         smooth = candidate.to(settings.dtype)
         if not (smooth.isfinite() & (smooth > 0)).all():
             continue
-        weights = [_quantized(layer, smooth, settings, num_iters=1) for layer in members]
+        weights = [layer.quantized(smooth, settings, num_iters=1, scale_search=False) for layer in members]
         if judge is not None:
             error = judge.error(list(zip(members, weights, strict=True)), settings)
         else:
-            error = sum(_own_error(layer, made, settings) for layer, made in zip(members, weights, strict=True))
+            error = sum(layer.error(made, settings) for layer, made in zip(members, weights, strict=True))
         if best is None or error <= best[0]:
             best = (error, smooth)
     assert best is not None  # the first candidate is ones
@@ -127,32 +125,10 @@ def _fitted(
 ) -> SVDQWeights:
     def error(weights: SVDQWeights) -> float:
         if judge is None:
-            return _own_error(layer, weights, settings)
+            return layer.error(weights, settings)
         return judge.error([(layer, weights)], settings)
 
-    return _quantized(layer, smooth, settings, num_iters=MAX_FITS, judge=error, hessian=hessian)
-
-
-def _quantized(layer: BlockLayer, smooth: torch.Tensor, settings: Settings, **how: Any) -> SVDQWeights:
-    return quantize_svdq(
-        layer.weight,
-        layer.bias,
-        precision=settings.precision,
-        rank=settings.rank,
-        smooth=smooth,
-        shift=layer.shift,
-        segments=layer.segments,
-        dtype=settings.dtype,
-        scale_search=False,
-        generator=settings.generator(),
-        **how,
-    )
-
-
-def _own_error(layer: BlockLayer, weights: SVDQWeights, settings: Settings) -> float:
-    return relative_output_error(
-        layer.weight, layer.bias, weights, layer.sample, shift=layer.shift, arithmetic=settings.arithmetic
-    )
+    return layer.quantized(smooth, settings, num_iters=MAX_FITS, scale_search=False, judge=error, hessian=hessian)
 
 
 def _second_moment(moments: InputMoments) -> torch.Tensor:

@@ -14,8 +14,6 @@ from nunchaku_kernels.quantize import (
     candidates,
     quantize_modulation,
     quantize_refined,
-    quantize_svdq,
-    relative_output_error,
 )
 from nunchaku_models.calibration.blocks import LoadedBlock
 from nunchaku_models.calibration.layers import BlockLayer, Results, Settings, grouped, observe, same_input, watch
@@ -58,29 +56,11 @@ def _moments(members: Sequence[BlockLayer], settings: Settings) -> InputMoments:
         return InputMoments(ones, arithmetic="w4a16")
 
     def error(smooth: torch.Tensor) -> float:
-        return sum(_quick_error(layer, smooth, settings) for layer in members)
+        # one fit of the branch, rounded to the nearest: the whole fit for each vector would take ten times as long
+        return sum(layer.error(layer.quantized(smooth, settings, num_iters=1), settings) for layer in members)
 
     stored = [vector.to(settings.dtype) for vector in candidates(first.spans)]
     return InputMoments(min(stored, key=error), first.shift, settings.arithmetic)
-
-
-def _quick_error(layer: BlockLayer, smooth: torch.Tensor, settings: Settings) -> float:
-    """Output error on the sample with one fit of the branch and rounding to the nearest."""
-    quick = quantize_svdq(
-        layer.weight,
-        layer.bias,
-        precision=settings.precision,
-        rank=settings.rank,
-        smooth=smooth,
-        shift=layer.shift,
-        segments=layer.segments,
-        dtype=settings.dtype,
-        num_iters=1,
-        generator=settings.generator(),
-    )
-    return relative_output_error(
-        layer.weight, layer.bias, quick, layer.sample, shift=layer.shift, arithmetic=settings.arithmetic
-    )
 
 
 def _quantized(layer: BlockLayer, moments: Mapping[str, InputMoments], settings: Settings) -> dict[str, torch.Tensor]:
