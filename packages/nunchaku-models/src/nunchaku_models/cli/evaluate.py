@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     # slow imports, after what can be said without them
     from nunchaku_kernels.bench import report
     from nunchaku_models.evaluation.report import contact_sheet, markdown, report_rows
-    from nunchaku_models.evaluation.run import evaluate_demo, evaluate_pipelines
+    from nunchaku_models.evaluation.run import CALIBRATION_PROMPTS, NUM_PROMPTS, evaluate_demo, evaluate_pipelines
     from nunchaku_models.evaluation.variants import select
     from nunchaku_models.prompts import read_prompts
 
@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
         variants = select(args.rows or [])
         evaluation = evaluate_demo(
             variants,
-            num_prompts=args.num_prompts or 64,
-            calibrate=args.calibrate or 256,
+            num_prompts=args.num_prompts or NUM_PROMPTS,
+            calibrate=args.calibrate or CALIBRATION_PROMPTS,
             work=None if args.work is None else _folder(Path(args.work).expanduser()),
             batch=args.batch or 32,
             **common,

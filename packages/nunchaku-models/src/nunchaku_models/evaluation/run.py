@@ -36,6 +36,8 @@ from nunchaku_models.loading import load_16bit_weights
 
 OBJECTS = SHORT_LIST + LONG_LIST
 """What the demo can be asked to draw, best known first."""
+NUM_PROMPTS = 64
+CALIBRATION_PROMPTS = 256
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 Pictures = list[list[Image.Image]]
@@ -107,9 +109,9 @@ class Evaluation:
 def evaluate_demo(
     variants: Sequence[Variant],
     *,
-    num_prompts: int = 64,
+    num_prompts: int = NUM_PROMPTS,
     seeds: int = 1,
-    calibrate: int = 64,
+    calibrate: int = CALIBRATION_PROMPTS,
     work: Path | None = None,
     steps: int | None = None,
     batch: int = 32,
