@@ -293,6 +293,15 @@ def test_e2m1_ties() -> None:
     assert torch.equal(e2m1.encode_nearest_even(e2m1.decode(codes)), codes)
 
 
+@PROPERTY
+@given(st.lists(st.floats(-20, 20, width=32) | st.sampled_from([*MIDPOINTS, *(-m for m in MIDPOINTS)]), min_size=1))
+def test_e2m1_rounding_without_codes(values: list[float]) -> None:
+    tensor = torch.tensor(values)
+    expected = e2m1.decode(e2m1.encode_ties_up(tensor))
+    assert torch.equal(e2m1.round_ties_up(tensor), expected)
+    assert e2m1.round_ties_up(tensor, out=tensor) is tensor and torch.equal(tensor, expected)
+
+
 def good_tensors() -> dict[str, Tensor]:
     return formats.pack_svdq(random_weights(128, 128, 16, "int4", 0, optional=True))
 

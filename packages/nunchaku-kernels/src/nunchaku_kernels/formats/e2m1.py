@@ -4,6 +4,7 @@ Two roundings exist and differ only on ties: hardware rounds activations half to
 weights half towards +infinity (packing.md 8.1).
 """
 
+import functools
 from itertools import pairwise
 
 import torch
@@ -52,6 +53,26 @@ def encode_ties_up(values: torch.Tensor) -> torch.Tensor:
         rank += values >= midpoint
         rank += values >= -midpoint
     return rank.abs() + (rank < 0).to(torch.int8) * 8
+
+
+def round_ties_up(values: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What `decode(encode_ties_up(values))` gives, in a tenth of the steps: for loops over short rows.
+
+    Args:
+        values: fp32 or fp64, finite, any shape.
+        out: of the same shape and dtype, for the result; may be `values`.
+    """
+    require_tensor("values", values, dtypes=(torch.float32, torch.float64))
+    numbers, midpoints = _ascending(values.device, values.dtype)
+    return torch.take(numbers, torch.bucketize(values, midpoints, right=True), out=out)
+
+
+@functools.cache
+def _ascending(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fifteen e2m1 numbers and the fourteen midpoints between them."""
+    numbers = sorted({sign * magnitude for magnitude in E2M1_MAGNITUDES for sign in (1, -1)})
+    midpoints = sorted(sign * midpoint for midpoint in _MIDPOINTS for sign in (1, -1))
+    return torch.tensor(numbers, dtype=dtype, device=device), torch.tensor(midpoints, dtype=dtype, device=device)
 
 
 def decode(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

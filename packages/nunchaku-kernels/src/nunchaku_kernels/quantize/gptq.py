@@ -72,13 +72,15 @@ def gptq(
     divisors = torch.where(steps == 0, torch.inf, steps)
     groups, pivots = (order // start.group_size).tolist(), upper.diagonal().tolist()
     levels, errors = torch.empty_like(work), torch.empty_like(work[:_BLOCK])
+    # On a GPU the launches are what a column costs: results go where they are needed, without copies.
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
-        for k in range(first, last):
-            level = start.nearest(work[k] / divisors[groups[k]], lowest)
-            levels[k] = level
-            error = work[k].addcmul(level, steps[groups[k]], value=-1).div_(pivots[k])
-            errors[k - first] = error
+        for k, value, level, error in zip(
+            range(first, last), work[first:last], levels[first:last], errors, strict=False
+        ):
+            torch.div(value, divisors[groups[k]], out=level)
+            start.nearest(level, lowest, out=level)
+            torch.addcmul(value, level, steps[groups[k]], value=-1, out=error).div_(pivots[k])
             work[k + 1 : last].addr_(upper[k, k + 1 : last], error, alpha=-1)
         work[last:].addmm_(upper[first:last, last:].t(), errors[: last - first], alpha=-1)
     natural = torch.empty_like(levels)
@@ -110,15 +112,16 @@ def descend(target: torch.Tensor, start: QuantizedResidual, hessian: torch.Tenso
             change = (scales[group].float() - steps[group]) * levels[rows]
             slope.addmm_(block, change, alpha=-1)
             steps[group] = scales[group].float()
-        step, local = steps[group], slope[rows].clone()
-        divisor = torch.where(step == 0, torch.inf, step)
+        step, local, before = steps[group], slope[rows].clone(), levels[rows].clone()
+        curvatures = inner.diagonal()
+        divisors = curvatures[:, None] * torch.where(step == 0, torch.inf, step)
         moved = torch.zeros_like(local)
-        for k, curvature in enumerate(inner.diagonal().tolist()):
+        for k, curvature in enumerate(curvatures.tolist()):
             if curvature <= 0:
                 continue
-            level = start.nearest(levels[first + k] + local[k] / (curvature * divisor))
-            torch.mul(level - levels[first + k], step, out=moved[k])
-            levels[first + k] = level
+            level = levels[first + k]
+            start.nearest(torch.addcdiv(level, local[k], divisors[k], out=level), out=level)
+            torch.sub(level, before[k], out=moved[k]).mul_(step)
             local.addr_(inner[k], moved[k], alpha=-1)
         slope.addmm_(block, moved, alpha=-1)
     result = start.with_levels(levels.t())

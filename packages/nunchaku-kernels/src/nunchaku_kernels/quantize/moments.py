@@ -4,6 +4,8 @@ With them the squared error of the layer's output over all calibration tokens is
 tokens themselves need not be kept (K = 12288 and 500,000 tokens: 12 GB of tokens, 3.6 GB of moments).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -66,6 +68,18 @@ def _plus_diagonal(matrix: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
     return result
 
 
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """fp32 products on CUDA with factors rounded to 11 bits (activations come with 8 or 11) and fp32 sums: these are
+    the exact moments of inputs that differ in the last bit, in an eighth of the time."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 class InputMoments:
     """Moments of the inputs of a layer, gathered over calibration tokens; some are held out, to judge a fit by.
 
@@ -108,9 +122,10 @@ class InputMoments:
         self._sums[fold, 0] += given.sum(dim=0)
         self._sums[fold, 1] += quantized.sum(dim=0)
         products = self._products[fold]
-        products[0].addmm_(given.t(), given)
-        products[1].addmm_(given.t(), quantized)
-        products[2].addmm_(quantized.t(), quantized)
+        with _tensor_cores():
+            products[0].addmm_(given.t(), given)
+            products[1].addmm_(given.t(), quantized)
+            products[2].addmm_(quantized.t(), quantized)
 
     @property
     def has_held_out(self) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nunchaku_kernels.formats.e2m1 import decode, encode_ties_up
+from nunchaku_kernels.formats.e2m1 import decode, encode_ties_up, round_ties_up
 from nunchaku_kernels.formats.svdq import GROUP_SIZES, Precision
 from nunchaku_kernels.quantize._blocks import row_blocks
 from nunchaku_kernels.quantize.int4 import INT4_MAX, INT4_MIN, quantize_int4
@@ -52,11 +52,11 @@ class QuantizedResidual:
         codes = self.codes[rows]
         return decode(codes) if self.precision == "nvfp4" else codes.float()
 
-    def nearest(self, values: torch.Tensor, lowest: int = INT4_MIN) -> torch.Tensor:
-        """The level nearest to each of `values`, fp32; `lowest` int4 level allowed."""
+    def nearest(self, values: torch.Tensor, lowest: int = INT4_MIN, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The level nearest to each of `values`, fp32, in `out` (may be `values`); `lowest` int4 level allowed."""
         if self.precision == "nvfp4":
-            return decode(encode_ties_up(values))
-        return values.round().clamp_(lowest, INT4_MAX)
+            return round_ties_up(values, out=out)
+        return torch.round(values, out=out).clamp_(lowest, INT4_MAX)
 
     def with_levels(self, levels: torch.Tensor) -> "QuantizedResidual":
         """The same scales with other levels, fp32 [N, K], each one that a code stands for."""
