@@ -6,13 +6,17 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#ifdef NK_CUDA
+#include "cuda/ops.h"
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
-using namespace nk::cpu;
+using namespace nk;
 
 namespace {
 
@@ -25,82 +29,142 @@ T* at(Address address) {
 
 FloatTensor tensor(Address address, int dtype) { return {at<const void>(address), dtype}; }
 
-void fold_scales(Address qweight, Address wscales, int wscales_dtype, int64_t padded_n, int64_t padded_k,
-                 Address row_scales, Address multipliers, int64_t threads) {
-    w4a8_fold_scales(at<const uint8_t>(qweight), tensor(wscales, wscales_dtype), padded_n, padded_k,
-                     at<float>(row_scales), at<int16_t>(multipliers), threads);
+FoldArguments fold_scales(Address qweight, Address wscales, int wscales_dtype, int64_t padded_n, int64_t padded_k,
+                          Address row_scales, Address multipliers) {
+    return {at<const uint8_t>(qweight), tensor(wscales, wscales_dtype), padded_n, padded_k, at<float>(row_scales),
+            at<int16_t>(multipliers)};
 }
 
-void quantize(Address x, int x_dtype, int64_t tokens, int64_t channels, int64_t stride, int64_t padded_k,
-              Address smooth, int smooth_dtype, double shift, Address proj_down, int proj_down_dtype, int64_t rank,
-              Address codes, Address ascales, Address lora_act, int64_t threads, const std::string& isa) {
-    w4a8_quantize({tensor(x, x_dtype), tokens, channels, stride, padded_k, tensor(smooth, smooth_dtype),
-                   static_cast<float>(shift), tensor(proj_down, proj_down_dtype), rank, at<int8_t>(codes),
-                   at<float>(ascales), at<float>(lora_act)},
-                  threads, isa);
+QuantizeArguments quantize(Address x, int x_dtype, int64_t tokens, int64_t channels, int64_t stride, int64_t padded_k,
+                           Address smooth, int smooth_dtype, double shift, Address proj_down, int proj_down_dtype,
+                           int64_t rank, Address codes, Address ascales, Address lora_act) {
+    return {tensor(x, x_dtype), tokens, channels, stride, padded_k, tensor(smooth, smooth_dtype),
+            static_cast<float>(shift), tensor(proj_down, proj_down_dtype), rank, at<int8_t>(codes), at<float>(ascales),
+            at<float>(lora_act)};
 }
 
-void accumulate(Address codes, Address qweight, Address multipliers, int64_t tokens, int64_t padded_n, int64_t padded_k,
-                Address out, int64_t threads, const std::string& isa) {
-    w4a8_accumulate({at<const int8_t>(codes), at<const uint8_t>(qweight), at<const int16_t>(multipliers), tokens,
-                     padded_n, padded_k},
-                    at<int32_t>(out), threads, isa);
+struct AccumulateArguments {
+    ProductArguments product;
+    int32_t* sums;
+};
+
+AccumulateArguments accumulate(Address codes, Address qweight, Address multipliers, int64_t tokens, int64_t padded_n,
+                               int64_t padded_k, Address out) {
+    return {{at<const int8_t>(codes), at<const uint8_t>(qweight), at<const int16_t>(multipliers), tokens, padded_n,
+             padded_k},
+            at<int32_t>(out)};
 }
 
-void linear(Address codes, Address ascales, Address lora_act, int64_t rank, Address qweight, Address row_scales,
-            Address multipliers, Address proj_up, int proj_up_dtype, Address rank_scale, Address wcscales,
-            int wcscales_dtype, Address bias, int bias_dtype, int64_t tokens, int64_t padded_n, int64_t padded_k,
-            int64_t out_features, int activation, Address gate, int gate_dtype, int64_t gate_rows, Address residual,
-            int residual_dtype, Address out, int out_dtype, int64_t threads, const std::string& isa) {
-    w4a8_linear({{at<const int8_t>(codes), at<const uint8_t>(qweight), at<const int16_t>(multipliers), tokens, padded_n,
-                  padded_k},
-                 at<const float>(ascales),
-                 at<const float>(row_scales),
-                 at<const float>(lora_act),
-                 rank,
-                 tensor(proj_up, proj_up_dtype),
-                 at<const float>(rank_scale),
-                 tensor(wcscales, wcscales_dtype),
-                 tensor(bias, bias_dtype),
-                 out_features,
-                 activation,
-                 tensor(gate, gate_dtype),
-                 gate_rows,
-                 tensor(residual, residual_dtype),
-                 at<void>(out),
-                 out_dtype},
-                threads, isa);
+LinearArguments linear(Address codes, Address ascales, Address lora_act, int64_t rank, Address qweight,
+                       Address row_scales, Address multipliers, Address proj_up, int proj_up_dtype, Address rank_scale,
+                       Address wcscales, int wcscales_dtype, Address bias, int bias_dtype, int64_t tokens,
+                       int64_t padded_n, int64_t padded_k, int64_t out_features, int activation, Address gate,
+                       int gate_dtype, int64_t gate_rows, Address residual, int residual_dtype, Address out,
+                       int out_dtype) {
+    return {accumulate(codes, qweight, multipliers, tokens, padded_n, padded_k, 0).product,
+            at<const float>(ascales),
+            at<const float>(row_scales),
+            at<const float>(lora_act),
+            rank,
+            tensor(proj_up, proj_up_dtype),
+            at<const float>(rank_scale),
+            tensor(wcscales, wcscales_dtype),
+            tensor(bias, bias_dtype),
+            out_features,
+            activation,
+            tensor(gate, gate_dtype),
+            gate_rows,
+            tensor(residual, residual_dtype),
+            at<void>(out),
+            out_dtype};
 }
 
-void awq_linear(Address x, int x_dtype, int64_t tokens, int64_t in_features, int64_t stride, Address qweight,
-                Address wscales, Address wzeros, int scales_dtype, Address bias, int bias_dtype, int64_t out_features,
-                int64_t group_size, Address out, int out_dtype, int64_t threads, const std::string& isa) {
-    w4a16_linear({tensor(x, x_dtype), tokens, in_features, stride, at<const uint16_t>(qweight), at<const void>(wscales),
-                  at<const void>(wzeros), scales_dtype, tensor(bias, bias_dtype), out_features, group_size,
-                  at<void>(out), out_dtype},
-                 threads, isa);
+AwqArguments awq_linear(Address x, int x_dtype, int64_t tokens, int64_t in_features, int64_t stride, Address qweight,
+                        Address wscales, Address wzeros, int scales_dtype, Address bias, int bias_dtype,
+                        int64_t out_features, int64_t group_size, Address out, int out_dtype) {
+    return {tensor(x, x_dtype), tokens, in_features, stride, at<const uint16_t>(qweight), at<const void>(wscales),
+            at<const void>(wzeros), scales_dtype, tensor(bias, bias_dtype), out_features, group_size, at<void>(out),
+            out_dtype};
 }
+
+// The arguments of every operator, under the names Python gives them; what says where to run comes behind them.
+const auto fold_names = std::make_tuple("qweight"_a, "wscales"_a, "wscales_dtype"_a, "Np"_a, "Kp"_a, "row_scales"_a,
+                                        "multipliers"_a);
+const auto quantize_names =
+    std::make_tuple("x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "Kp"_a, "smooth"_a, "smooth_dtype"_a, "shift"_a,
+                    "proj_down"_a, "proj_down_dtype"_a, "R"_a, "codes"_a, "ascales"_a, "lora_act"_a);
+const auto accumulate_names =
+    std::make_tuple("codes"_a, "qweight"_a, "multipliers"_a, "M"_a, "Np"_a, "Kp"_a, "out"_a);
+const auto linear_names =
+    std::make_tuple("codes"_a, "ascales"_a, "lora_act"_a, "R"_a, "qweight"_a, "row_scales"_a, "multipliers"_a,
+                    "proj_up"_a, "proj_up_dtype"_a, "rank_scale"_a, "wcscales"_a, "wcscales_dtype"_a, "bias"_a,
+                    "bias_dtype"_a, "M"_a, "Np"_a, "Kp"_a, "out_features"_a, "activation"_a, "gate"_a, "gate_dtype"_a,
+                    "gate_rows"_a, "residual"_a, "residual_dtype"_a, "out"_a, "out_dtype"_a);
+const auto awq_names =
+    std::make_tuple("x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "qweight"_a, "wscales"_a, "wzeros"_a,
+                    "scales_dtype"_a, "bias"_a, "bias_dtype"_a, "N"_a, "group_size"_a, "out"_a, "out_dtype"_a);
+
+template <class Function, class Names, class... Where>
+void define(nb::module_& module, const char* name, Function function, const Names& names, const Where&... where) {
+    std::apply(
+        [&](const auto&... argument) {
+            module.def(name, function, argument..., where..., nb::call_guard<nb::gil_scoped_release>());
+        },
+        names);
+}
+
+// Functions of addresses, sizes and where to run, from one that makes an operator's arguments and one that runs it.
+template <class Arguments, class... Plain, class Run>
+auto on_cpu(Arguments (*make)(Plain...), Run run) {
+    return [=](Plain... plain, int64_t threads, const std::string& isa) { run(make(plain...), threads, isa); };
+}
+
+void define_cpu(nb::module_& module) {
+    module.def("isas", &cpu::usable_isas, "Instruction sets this build has and this processor runs, best last.");
+    define(module, "w4a8_fold_scales", on_cpu(fold_scales, cpu::w4a8_fold_scales), fold_names, "threads"_a, "isa"_a);
+    define(module, "w4a8_quantize", on_cpu(quantize, cpu::w4a8_quantize), quantize_names, "threads"_a, "isa"_a);
+    define(module, "w4a8_accumulate",
+           on_cpu(accumulate,
+                  [](const AccumulateArguments& a, int64_t threads, const std::string& isa) {
+                      cpu::w4a8_accumulate(a.product, a.sums, threads, isa);
+                  }),
+           accumulate_names, "threads"_a, "isa"_a);
+    define(module, "w4a8_linear", on_cpu(linear, cpu::w4a8_linear), linear_names, "threads"_a, "isa"_a);
+    define(module, "w4a16_linear", on_cpu(awq_linear, cpu::w4a16_linear), awq_names, "threads"_a, "isa"_a);
+}
+
+#ifdef NK_CUDA
+template <class Arguments, class... Plain, class Run>
+auto on_cuda(Arguments (*make)(Plain...), Run run) {
+    return [=](Plain... plain, int64_t device, Address stream, const std::string& isa) {
+        run(make(plain...), cuda::Launch{device, at<CUstream_st>(stream), isa});
+    };
+}
+
+void define_cuda(nb::module_ module) {
+    const auto define_op = [&](const char* name, auto function, const auto& names) {
+        define(module, name, function, names, "device"_a, "stream"_a, "isa"_a);
+    };
+    module.doc() = "The same operators on NVIDIA GPUs, launched on a stream.";
+    module.def("isas", &cuda::usable_isas, "device"_a, "Kernel sets of this build that run on a device, best last.");
+    define_op("w4a8_fold_scales", on_cuda(fold_scales, cuda::w4a8_fold_scales), fold_names);
+    define_op("w4a8_quantize", on_cuda(quantize, cuda::w4a8_quantize), quantize_names);
+    define_op("w4a8_accumulate",
+              on_cuda(accumulate, [](const AccumulateArguments& a, const cuda::Launch& launch) {
+                  cuda::w4a8_accumulate(a.product, a.sums, launch);
+              }),
+              accumulate_names);
+    define_op("w4a8_linear", on_cuda(linear, cuda::w4a8_linear), linear_names);
+    define_op("w4a16_linear", on_cuda(awq_linear, cuda::w4a16_linear), awq_names);
+}
+#endif
 
 }  // namespace
 
 NB_MODULE(_C, module) {
-    using ReleaseGil = nb::call_guard<nb::gil_scoped_release>;
-
-    module.doc() = "CPU kernels of 4-bit linear layers on raw addresses; nunchaku_kernels.ops checks the tensors.";
-    module.def("isas", &usable_isas, "Instruction sets this build has and this processor runs, best last.");
-    module.def("w4a8_fold_scales", &fold_scales, "qweight"_a, "wscales"_a, "wscales_dtype"_a, "Np"_a, "Kp"_a,
-               "row_scales"_a, "multipliers"_a, "threads"_a, ReleaseGil());
-    module.def("w4a8_quantize", &quantize, "x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "Kp"_a, "smooth"_a,
-               "smooth_dtype"_a, "shift"_a, "proj_down"_a, "proj_down_dtype"_a, "R"_a, "codes"_a, "ascales"_a,
-               "lora_act"_a, "threads"_a, "isa"_a, ReleaseGil());
-    module.def("w4a8_accumulate", &accumulate, "codes"_a, "qweight"_a, "multipliers"_a, "M"_a, "Np"_a, "Kp"_a, "out"_a,
-               "threads"_a, "isa"_a, ReleaseGil());
-    module.def("w4a8_linear", &linear, "codes"_a, "ascales"_a, "lora_act"_a, "R"_a, "qweight"_a, "row_scales"_a,
-               "multipliers"_a, "proj_up"_a, "proj_up_dtype"_a, "rank_scale"_a, "wcscales"_a, "wcscales_dtype"_a,
-               "bias"_a, "bias_dtype"_a, "M"_a, "Np"_a, "Kp"_a, "out_features"_a, "activation"_a, "gate"_a,
-               "gate_dtype"_a, "gate_rows"_a, "residual"_a, "residual_dtype"_a, "out"_a, "out_dtype"_a, "threads"_a,
-               "isa"_a, ReleaseGil());
-    module.def("w4a16_linear", &awq_linear, "x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "qweight"_a, "wscales"_a,
-               "wzeros"_a, "scales_dtype"_a, "bias"_a, "bias_dtype"_a, "N"_a, "group_size"_a, "out"_a, "out_dtype"_a,
-               "threads"_a, "isa"_a, ReleaseGil());
+    module.doc() = "Kernels of 4-bit linear layers on raw addresses; nunchaku_kernels.ops checks the tensors.";
+    define_cpu(module);
+#ifdef NK_CUDA
+    define_cuda(module.def_submodule("cuda"));
+#endif
 }

@@ -16,7 +16,8 @@ BUFFER = torch.zeros(1 << 16)
 A = BUFFER.data_ptr()
 
 FOLD: dict[str, Any] = {
-    "qweight": A, "wscales": A, "wscales_dtype": 0, "Np": 128, "Kp": 64, "row_scales": A, "multipliers": A, "threads": 1
+    "qweight": A, "wscales": A, "wscales_dtype": 0, "Np": 128, "Kp": 64, "row_scales": A, "multipliers": A, "threads": 1,
+    "isa": "",
 }  # fmt: skip
 QUANTIZE: dict[str, Any] = {
     "x": A, "x_dtype": 0, "M": 1, "K": 64, "x_stride": 64, "Kp": 64, "smooth": 0, "smooth_dtype": 0, "shift": 0.0,
@@ -106,7 +107,7 @@ def test_thread_count_does_not_change_a_bit() -> None:
     for threads in (1, 3):
         rows, multipliers = torch.zeros(1024), torch.zeros(1024, 16, dtype=torch.int16)
         fold = (qweight.data_ptr(), scales.data_ptr(), 0, 1024, 1024, rows.data_ptr(), multipliers.data_ptr())
-        _C.w4a8_fold_scales(*fold, threads)
+        _C.w4a8_fold_scales(*fold, threads, "")
         codes, ascales, hidden = torch.zeros(70, 1024, dtype=torch.int8), torch.zeros(70), torch.zeros(70, 16)
         _C.w4a8_quantize(
             x.data_ptr(), 0, 70, 1024, 1024, 1024, 0, 0, 0.5, down.data_ptr(), 0, 16, codes.data_ptr(),
@@ -157,6 +158,6 @@ def test_stub_matches_the_module() -> None:
         if isinstance(node, ast.FunctionDef)
     }
     compiled = {name for name in dir(_C) if not name.startswith("_")}
-    assert set(declared) == compiled
+    assert set(declared) == compiled - {"cuda"}  # there only where CUDA kernels were built, with the same functions
     for function, arguments in CALLS.items():
         assert declared[function.__name__] == list(arguments)

@@ -52,8 +52,9 @@ def fold(codes: torch.Tensor, scales: torch.Tensor, threads: int = 2) -> tuple[t
     row_scales, multipliers = torch.empty(n), torch.empty(n, k // 64, dtype=torch.int16)
     qweight, wscales = pack_qweight(codes), pack_wscales(scales)
     _C.w4a8_fold_scales(
-        address(qweight), address(wscales), code(wscales), n, k, address(row_scales), address(multipliers), threads
-    )
+        address(qweight), address(wscales), code(wscales), n, k, address(row_scales), address(multipliers), threads,
+        "",
+    )  # fmt: skip
     return row_scales, multipliers
 
 

@@ -1,9 +1,9 @@
 // 4-bit weights in AWQ order times 16-bit or fp32 activations, accumulated in fp32.
 #include <algorithm>
 
+#include "../check.h"
 #include "../numerics/layout.h"
 #include "buffer.h"
-#include "check.h"
 #include "isa.h"
 #include "ops.h"
 #include "parallel.h"
@@ -14,25 +14,6 @@ namespace {
 constexpr size_t kChannels = 32;  // of a work item: a cache line of 16-bit scales
 constexpr size_t kTokenBlock = 512;
 constexpr size_t kFewTokens = 4;  // above, a panel decoded once is cheaper than decoding in registers per token pair
-
-void validate(const AwqArguments& a, int64_t threads) {
-    require_dtype(a.x.dtype, "x_dtype");
-    require_dtype(a.scales_dtype, "scales_dtype");
-    require_dtype(a.bias.dtype, "bias_dtype");
-    require_dtype(a.out_dtype, "out_dtype");
-    require(a.tokens >= 0, "M", "0 or more", a.tokens);
-    require(a.in_features > 0 && a.in_features % 64 == 0, "K", "a positive multiple of 64", a.in_features);
-    require(a.out_features > 0 && a.out_features % 4 == 0, "N", "a positive multiple of 4", a.out_features);
-    require(a.group_size > 0 && a.group_size % 64 == 0, "group_size", "a positive multiple of 64", a.group_size);
-    require(a.stride >= a.in_features || a.tokens <= 1 || a.stride == 0, "x_stride", "at least K", a.stride);
-    require(threads > 0, "threads", "at least 1", threads);
-    if (!a.tokens) return;
-    require_pointer(a.x.data, "x");
-    require_pointer(a.qweight, "qweight");
-    require_pointer(a.wscales, "wscales");
-    require_pointer(a.wzeros, "wzeros");
-    require_pointer(a.out, "out");
-}
 
 enum class Path {
     few_tokens,  // weights decoded in registers
@@ -50,7 +31,8 @@ Path choose_path(const Kernels& kernels, size_t tokens, DType x_dtype, DType sca
 
 void w4a16_linear(const AwqArguments& a, int64_t threads, const std::string& isa) {
     const Kernels& kernels = select_kernels(isa);
-    validate(a, threads);
+    validate(a);
+    require(threads > 0, "threads", "at least 1", threads);
     if (!a.tokens) return;
     const size_t tokens = a.tokens, inputs = a.in_features, outputs = a.out_features;
     const DType x_dtype = static_cast<DType>(a.x.dtype), scales_dtype = static_cast<DType>(a.scales_dtype);

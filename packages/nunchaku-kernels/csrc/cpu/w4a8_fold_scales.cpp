@@ -2,9 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../check.h"
 #include "../numerics/layout.h"
 #include "../numerics/w4a8.h"
-#include "check.h"
+#include "isa.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -27,28 +28,23 @@ void largest_codes(const uint8_t* strip, int largest[kStrip]) {
 
 }  // namespace
 
-void w4a8_fold_scales(const uint8_t* qweight, FloatTensor wscales, int64_t padded_n, int64_t padded_k,
-                      float* row_scales, int16_t* multipliers, int64_t threads) {
-    const DType dtype = require_dtype(wscales.dtype, "wscales_dtype");
-    require(padded_n > 0 && padded_n % 128 == 0, "Np", "a positive multiple of 128", padded_n);
-    require(padded_k > 0 && padded_k % 64 == 0, "Kp", "a positive multiple of 64", padded_k);
+void w4a8_fold_scales(const FoldArguments& a, int64_t threads, const std::string& isa) {
+    select_kernels(isa);
+    validate(a);
     require(threads > 0, "threads", "at least 1", threads);
-    require_pointer(qweight, "qweight");
-    require_pointer(wscales.data, "wscales");
-    require_pointer(row_scales, "row_scales");
-    require_pointer(multipliers, "multipliers");
+    const DType dtype = static_cast<DType>(a.wscales.dtype);
 
-    const size_t groups = static_cast<size_t>(padded_k) / kGroup;
-    const size_t workers = useful_threads(threads, static_cast<size_t>(padded_n) * padded_k * 64);
-    parallel_for(workers, padded_n / kStrip, [&](WorkQueue& queue) {
+    const size_t groups = static_cast<size_t>(a.padded_k) / kGroup;
+    const size_t workers = useful_threads(threads, static_cast<size_t>(a.padded_n) * a.padded_k * 64);
+    parallel_for(workers, a.padded_n / kStrip, [&](WorkQueue& queue) {
         std::vector<int> largest(groups * kStrip);
         for (size_t strip; queue.next(strip);) {
             const size_t n0 = strip * kStrip;
             for (size_t g = 0; g < groups; ++g)
-                largest_codes(qweight + qweight_strip_offset(n0, g * kGroup, padded_k), &largest[g * kStrip]);
+                largest_codes(a.qweight + qweight_strip_offset(n0, g * kGroup, a.padded_k), &largest[g * kStrip]);
             for (size_t n = n0; n < n0 + kStrip; ++n) {
                 const auto scale = [&](size_t g) {
-                    return static_cast<double>(load_float(wscales.data, dtype, group_scale_position(n, g, groups)));
+                    return static_cast<double>(load_float(a.wscales.data, dtype, group_scale_position(n, g, groups)));
                 };
                 double row_maximum = 0;
                 for (size_t g = 0; g < groups; ++g) {
@@ -56,9 +52,9 @@ void w4a8_fold_scales(const uint8_t* qweight, FloatTensor wscales, int64_t padde
                     if (magnitude > row_maximum || std::isnan(magnitude)) row_maximum = magnitude;  // NaN stays
                 }
                 const double row_scale = w4a8_row_scale(row_maximum);
-                row_scales[n] = static_cast<float>(row_scale);
+                a.row_scales[n] = static_cast<float>(row_scale);
                 for (size_t g = 0; g < groups; ++g)
-                    multipliers[n * groups + g] =
+                    a.multipliers[n * groups + g] =
                         largest[g * kStrip + n - n0] ? w4a8_group_multiplier(scale(g), row_scale) : int16_t{0};
             }
         }

@@ -1,10 +1,10 @@
 // The W4A8 product: weights are decoded to int8 panels that stay in cache while all tokens of a block pass over them.
 #include <algorithm>
 
+#include "../check.h"
 #include "../numerics/layout.h"
 #include "../numerics/w4a8.h"
 #include "buffer.h"
-#include "check.h"
 #include "isa.h"
 #include "lowrank.h"
 #include "ops.h"
@@ -39,18 +39,6 @@ Partition partition(const ProductArguments& p, size_t threads) {
     while (items() < 4 * threads && result.channel_block > 32) result.channel_block /= 2;
     while (items() < 4 * threads && result.token_block > 64) result.token_block = (result.token_block + 1) / 2;
     return result;
-}
-
-void validate(const ProductArguments& p, int64_t threads) {
-    require(p.tokens >= 0, "M", "0 or more", p.tokens);
-    require(p.padded_n > 0 && p.padded_n % 128 == 0, "Np", "a positive multiple of 128", p.padded_n);
-    require(p.padded_k > 0 && p.padded_k % 64 == 0, "Kp", "a positive multiple of 64", p.padded_k);
-    require(p.padded_k < kMaxSummands, "Kp", "less than 133000 (int32 sums)", p.padded_k);
-    require(threads > 0, "threads", "at least 1", threads);
-    if (!p.tokens) return;
-    require_pointer(p.codes, "codes");
-    require_pointer(p.qweight, "qweight");
-    require_pointer(p.multipliers, "multipliers");
 }
 
 // Calls finish(begin_token, tokens, begin_channel, channels, sums) for every block of the product; `make_finish` makes
@@ -94,25 +82,6 @@ const float* natural_vector(FloatTensor vector, size_t begin, size_t channels, f
     for (size_t n = 0; n < channels; ++n)
         dst[n] = load_float(vector.data, static_cast<DType>(vector.dtype), vector_position(begin + n));
     return dst;
-}
-
-void validate(const LinearArguments& a) {
-    require_dtype(a.proj_up.dtype, "proj_up_dtype");
-    require_dtype(a.wcscales.dtype, "wcscales_dtype");
-    require_dtype(a.bias.dtype, "bias_dtype");
-    require_dtype(a.gate.dtype, "gate_dtype");
-    require_dtype(a.residual.dtype, "residual_dtype");
-    require_dtype(a.out_dtype, "out_dtype");
-    require(a.rank >= 0 && (!a.proj_up.data || a.rank % 16 == 0), "R", "a multiple of 16", a.rank);
-    require(a.out_features > 0 && a.out_features <= a.product.padded_n, "out_features", "1 to Np", a.out_features);
-    require(a.activation >= 0 && a.activation <= 2, "activation", "0 (none), 1 (gelu) or 2 (silu)", a.activation);
-    if (!a.product.tokens) return;
-    require(!a.gate.data || (a.gate_rows > 0 && a.product.tokens % a.gate_rows == 0), "gate_rows", "a divisor of M",
-            a.gate_rows);
-    require_pointer(a.ascales, "ascales");
-    require_pointer(a.row_scales, "row_scales");
-    require_pointer(a.out, "out");
-    if (a.rank && a.proj_up.data) require_pointer(a.lora_act, "lora_act");
 }
 
 // The fp32 tail of one thread.
@@ -178,7 +147,8 @@ private:
 
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, int64_t threads, const std::string& isa) {
     const Kernels& kernels = select_kernels(isa);
-    validate(product, threads);
+    validate(product);
+    require(threads > 0, "threads", "at least 1", threads);
     if (product.tokens) require_pointer(sums, "out");
     const size_t padded_n = product.padded_n;
     for_each_block(kernels, product, threads, [&](const Partition&) {
@@ -191,8 +161,8 @@ void w4a8_accumulate(const ProductArguments& product, int32_t* sums, int64_t thr
 
 void w4a8_linear(const LinearArguments& arguments, int64_t threads, const std::string& isa) {
     const Kernels& kernels = select_kernels(isa);
-    validate(arguments.product, threads);
     validate(arguments);
+    require(threads > 0, "threads", "at least 1", threads);
     for_each_block(kernels, arguments.product, threads,
                    [&](const Partition& cut) { return Tail(kernels, arguments, cut); });
 }

@@ -1,9 +1,9 @@
 // Activations to int8 with one scale per token, and the low-rank down projection of the same tokens.
 #include <algorithm>
 
+#include "../check.h"
 #include "../numerics/layout.h"
 #include "buffer.h"
-#include "check.h"
 #include "isa.h"
 #include "lowrank.h"
 #include "ops.h"
@@ -14,30 +14,12 @@ namespace {
 
 constexpr size_t kTokenBlock = 6;  // tokens that share one pass over the low-rank factor
 
-void validate(const QuantizeArguments& a, int64_t threads) {
-    require_dtype(a.x.dtype, "x_dtype");
-    require_dtype(a.smooth.dtype, "smooth_dtype");
-    require_dtype(a.proj_down.dtype, "proj_down_dtype");
-    require(a.tokens >= 0, "M", "0 or more", a.tokens);
-    require(a.padded_k > 0 && a.padded_k % 64 == 0, "Kp", "a positive multiple of 64", a.padded_k);
-    require(a.channels > 0 && a.channels <= a.padded_k, "K", "1 to Kp", a.channels);
-    require(a.stride >= a.channels || a.tokens <= 1 || a.stride == 0, "x_stride", "at least K", a.stride);
-    require(a.rank >= 0 && a.rank % 16 == 0, "R", "a multiple of 16", a.rank);
-    require(threads > 0, "threads", "at least 1", threads);
-    if (!a.tokens) return;
-    require_pointer(a.x.data, "x");
-    require_pointer(a.codes, "codes");
-    require_pointer(a.ascales, "ascales");
-    if (!a.rank) return;
-    require_pointer(a.proj_down.data, "proj_down");
-    require_pointer(a.lora_act, "lora_act");
-}
-
 }  // namespace
 
 void w4a8_quantize(const QuantizeArguments& a, int64_t threads, const std::string& isa) {
     const Kernels& kernels = select_kernels(isa);
-    validate(a, threads);
+    validate(a);
+    require(threads > 0, "threads", "at least 1", threads);
     const size_t tokens = a.tokens, channels = a.channels, padded_k = a.padded_k, rank = a.rank;
     const DType x_dtype = static_cast<DType>(a.x.dtype);
 

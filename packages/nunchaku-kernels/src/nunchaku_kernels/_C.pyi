@@ -1,15 +1,31 @@
-"""CPU kernels on raw addresses; `nunchaku_kernels.ops` checks the tensors and calls these.
+"""Kernels on raw addresses; `nunchaku_kernels.ops` checks the tensors and calls these.
 
 Every tensor argument is the address of its first element, 0 where the tensor is absent. Dtype codes: 0 fp32, 1 fp16,
 2 bf16. `isa` is a name from `isas()`, or "" for the best one. All functions release the GIL and raise ValueError for
 sizes, codes or instruction sets they cannot serve.
+
+Where CUDA kernels were built there is a submodule `cuda` with the same functions; instead of `threads` they take a
+`device` and the address of a `stream`, on which they launch without waiting, and raise RuntimeError for errors of the
+CUDA runtime. Its `isas(device)` names the kernel sets that run on a device.
 """
+
+from types import ModuleType
+
+cuda: ModuleType
 
 def isas() -> list[str]:
     """Instruction sets this build has and this processor runs, best last."""
 
 def w4a8_fold_scales(
-    qweight: int, wscales: int, wscales_dtype: int, Np: int, Kp: int, row_scales: int, multipliers: int, threads: int
+    qweight: int,
+    wscales: int,
+    wscales_dtype: int,
+    Np: int,
+    Kp: int,
+    row_scales: int,
+    multipliers: int,
+    threads: int,
+    isa: str,
 ) -> None: ...
 def w4a8_quantize(
     x: int,

@@ -115,8 +115,13 @@ def _cuda(problems: list[str]) -> list[Device]:
         except (RuntimeError, AssertionError) as error:
             problems.append(f"cuda:{index}: {error}")
             continue
-        note = (
-            f"no 4-bit kernels for sm_{major}{minor} in this release: weights are dequantised, products run in 16 bits"
-        )
-        devices.append(_device(f"cuda:{index}", name, [note]))
+        missing = _native.missing_cuda_kernels(index)
+        note = f"no 4-bit kernels: {missing}; weights are dequantised, products run in 16 bits" if missing else ""
+        devices.append(_device(f"cuda:{index}", f"{name} (sm_{major}{minor})", [note] if note else _cuda_notes(index)))
     return devices
+
+
+def _cuda_notes(index: int) -> list[str]:
+    module = _native.extension()
+    kernels = [] if module is None else module.cuda.isas(index)
+    return [f"kernels: {', '.join(kernels)}", "nvfp4 weights are dequantised: this release has no kernel for them"]

@@ -9,7 +9,7 @@ import importlib
 import logging
 import os
 from types import ModuleType
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 ISA_VARIABLE = "NUNCHAKU_CPU_ISA"
 """Environment variable that forces a CPU instruction set ("portable", "avx2", ...), for tests and bug reports."""
+
+CUDA_ISA_VARIABLE = "NUNCHAKU_CUDA_ISA"
+"""Environment variable that forces a set of CUDA kernels ("sm80", "sm90"), for tests and bug reports."""
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATION_CODES = {"none": 0, "gelu": 1, "silu": 2}
@@ -35,9 +38,52 @@ def extension() -> ModuleType | None:
         return None
 
 
-def kernels(device: torch.device) -> ModuleType | None:
-    """The compiled kernels for tensors on `device`; None where plain torch has to do."""
-    return extension() if device.type == "cpu" else None
+def kernels(device: torch.device) -> Any:
+    """The compiled kernels for tensors on `device`, a module; None where plain torch has to do."""
+    if device.type == "cpu":
+        return extension()
+    return _cuda_kernels(_index(device)) if device.type == "cuda" else None
+
+
+@functools.cache
+def _cuda_kernels(index: int) -> Any:
+    missing = missing_cuda_kernels(index)
+    if missing:
+        logger.warning("cuda:%d runs without 4-bit kernels, slowly: %s", index, missing)
+        return None
+    module = extension()
+    return None if module is None else module.cuda
+
+
+def missing_cuda_kernels(index: int) -> str:
+    """Why CUDA device `index` has no kernels; empty if it has."""
+    module = extension()
+    if module is None:
+        return "the compiled extension is missing"
+    if torch.version.cuda is None:
+        return "torch was built for another kind of GPU"
+    if not hasattr(module, "cuda"):
+        return "this build has no CUDA kernels (no CUDA compiler was found when it was made)"
+    try:
+        if module.cuda.isas(index):
+            return ""
+    except RuntimeError as error:
+        return str(error)
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"they need sm_80 or later, this is sm_{major}{minor}"
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def place(device: torch.device, products: int) -> tuple[Any, ...]:
+    """The last arguments of a kernel, which say where it runs: for the CPU threads for so many multiply-adds and an
+    instruction set; for CUDA the device, torch's current stream there, and a kernel set."""
+    if device.type == "cpu":
+        return threads(products), cpu_isa()
+    index = _index(device)
+    return index, torch.cuda.current_stream(index).cuda_stream, os.environ.get(CUDA_ISA_VARIABLE, "")
 
 
 def cpu_isa() -> str:

@@ -4,6 +4,8 @@ from typing import Literal, get_args
 
 import torch
 
+from nunchaku_kernels.ops import _native
+
 Arithmetic = Literal["w4a8", "w4a4", "nvfp4", "w4a16"]
 
 ARITHMETICS: dict[str, tuple[Arithmetic, ...]] = {
@@ -27,6 +29,5 @@ def check_arithmetic(owner: str, precision: str, arithmetic: str) -> None:
 
 def default_arithmetic(precision: str, device: torch.device) -> Arithmetic:
     """The arithmetic with a kernel on `device`; the 16-bit product of dequantised weights where there is none."""
-    if precision == "int4" and device.type == "cpu":
-        return "w4a8"
-    return "w4a16"
+    native = device.type == "cpu" or (device.type == "cuda" and _native.kernels(device) is not None)
+    return "w4a8" if precision == "int4" and native else "w4a16"

@@ -6,7 +6,7 @@ from nunchaku_kernels.formats import padded_groups, unpack_awq, unpack_awq_scale
 from nunchaku_kernels.ops import _native
 from nunchaku_kernels.ops._checks import FLOATS, check_optional, check_tensor, device_of
 from nunchaku_kernels.ops._library import fake, implement
-from nunchaku_kernels.ops._native import cpu_isa, dense, dense_rows, dtype_code, pointer, threads
+from nunchaku_kernels.ops._native import dense, dense_rows, dtype_code, place, pointer
 from nunchaku_kernels.reference import w4a16 as reference
 
 GROUP_SIZES = (64, 128)
@@ -42,12 +42,12 @@ def _linear(
         zeros = unpack_awq_scales(wzeros, width, group_size)
         return reference.linear(x, unpack_awq(qweight), scales, zeros, bias)
     x, qweight, wscales, wzeros, bias = dense_rows(x), dense(qweight), dense(wscales), dense(wzeros), dense(bias)
-    out = torch.empty(tokens, rows, dtype=x.dtype)
+    out = torch.empty(tokens, rows, dtype=x.dtype, device=device)
     if tokens:
         native.w4a16_linear(
             pointer(x), dtype_code(x), tokens, width, x.stride(0), pointer(qweight), pointer(wscales),
             pointer(wzeros), dtype_code(wscales), pointer(bias), dtype_code(bias), rows, group_size, pointer(out),
-            dtype_code(out), threads(tokens * rows * width), cpu_isa(),
+            dtype_code(out), *place(device, tokens * rows * width),
         )  # fmt: skip
     return out
 

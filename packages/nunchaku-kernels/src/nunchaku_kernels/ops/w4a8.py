@@ -26,12 +26,11 @@ from nunchaku_kernels.ops._checks import (
 from nunchaku_kernels.ops._library import fake, implement
 from nunchaku_kernels.ops._native import (
     ACTIVATION_CODES,
-    cpu_isa,
     dense,
     dense_rows,
     dtype_code,
+    place,
     pointer,
-    threads,
 )
 from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, padded_input, reference_epilogue
 from nunchaku_kernels.reference import w4a8 as reference
@@ -52,11 +51,11 @@ def _fold_scales(qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[torch.Te
     if native is None:
         return reference.fold_scales(unpack_qweight(qweight), unpack_wscales(wscales))
     qweight, wscales = dense(qweight), dense(wscales)
-    row_scales = torch.empty(rows, dtype=torch.float32)
-    multipliers = torch.empty(rows, width // GROUP, dtype=torch.int16)
+    row_scales = torch.empty(rows, dtype=torch.float32, device=device)
+    multipliers = torch.empty(rows, width // GROUP, dtype=torch.int16, device=device)
     native.w4a8_fold_scales(
         pointer(qweight), pointer(wscales), dtype_code(wscales), rows, width, pointer(row_scales),
-        pointer(multipliers), threads(rows * width),
+        pointer(multipliers), *place(device, rows * width),
     )  # fmt: skip
     return row_scales, multipliers
 
@@ -80,19 +79,22 @@ def _quantize(
         shifted = padded_input(x.float(), width, shift)  # in fp32: the definition does not round t to 16 bits
         codes, ascales = reference.quantize_tokens(shifted, natural_smooth(smooth))
         return codes, ascales, lowrank_activation(x, proj_down)
-    x, smooth, proj_down = dense_rows(x), dense(smooth), dense(proj_down)
+    x, smooth = dense_rows(x), dense(smooth)
+    # Tensor cores multiply 16-bit factors of one dtype; other branches are rare and go through torch.
+    apart = proj_down is not None and x.is_cuda and (x.dtype == torch.float32 or proj_down.dtype != x.dtype)
+    separate, proj_down = (proj_down, None) if apart else (None, dense(proj_down))
     tokens, channels = x.shape
     rank = 0 if proj_down is None else proj_down.shape[1]
-    codes = torch.empty(tokens, width, dtype=torch.int8)
-    ascales = torch.empty(tokens, dtype=torch.float32)
-    lora_act = torch.empty(tokens, rank, dtype=torch.float32)
+    codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
+    ascales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    lora_act = torch.empty(tokens, rank, dtype=torch.float32, device=x.device)
     if tokens:
         native.w4a8_quantize(
             pointer(x), dtype_code(x), tokens, channels, x.stride(0), width, pointer(smooth), dtype_code(smooth),
             shift, pointer(proj_down), dtype_code(proj_down), rank, pointer(codes), pointer(ascales),
-            pointer(lora_act), threads(tokens * channels * (rank + 8)), cpu_isa(),
+            pointer(lora_act), *place(x.device, tokens * channels * (rank + 8)),
         )  # fmt: skip
-    return codes, ascales, lora_act
+    return codes, ascales, lora_act if separate is None else lowrank_activation(x, separate)
 
 
 @fake("w4a8_quantize")
@@ -144,7 +146,9 @@ def _linear(
         out_dtype=out_dtype, device=device,
     )  # fmt: skip
     native = _native.kernels(device)
-    if native is None:
+    # Tensor cores take 16-bit factors; an fp32 branch is rare and keeps its precision on the slow path.
+    apart = proj_up is not None and proj_up.is_cuda and proj_up.dtype == torch.float32 and lora_act.shape[1] > 0
+    if native is None or apart:
         sums = reference.accumulate(codes, reference.decode_int8(unpack_qweight(qweight), group_multipliers))
         product = sums.float() * ascales[:, None] * row_scales
         return reference_epilogue(
@@ -155,7 +159,7 @@ def _linear(
     row_scales, group_multipliers, proj_up = dense(row_scales), dense(group_multipliers), dense(proj_up)
     rank_scale, wcscales, bias = dense(rank_scale), dense(wcscales), dense(bias)
     gate, residual = dense(gate), dense(residual)
-    out = torch.empty(tokens, out_features, dtype=out_dtype)
+    out = torch.empty(tokens, out_features, dtype=out_dtype, device=device)
     if tokens:
         native.w4a8_linear(
             pointer(codes), pointer(ascales), pointer(lora_act), lora_act.shape[1], pointer(qweight),
@@ -163,7 +167,7 @@ def _linear(
             pointer(rank_scale), pointer(wcscales), dtype_code(wcscales), pointer(bias), dtype_code(bias), tokens,
             rows, width, out_features, ACTIVATION_CODES[activation], pointer(gate), dtype_code(gate),
             0 if gate is None else gate.shape[0], pointer(residual), dtype_code(residual), pointer(out),
-            dtype_code(out), threads(tokens * rows * width), cpu_isa(),
+            dtype_code(out), *place(device, tokens * rows * width),
         )  # fmt: skip
     return out
 

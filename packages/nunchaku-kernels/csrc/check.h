@@ -5,9 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "../numerics/dtype.h"
+#include "numerics/dtype.h"
 
-namespace nk::cpu {
+namespace nk {
 
 inline void require(bool holds, const char* argument, const char* expected, int64_t given) {
     if (!holds)
@@ -24,4 +24,4 @@ inline void require_pointer(const void* pointer, const char* argument) {
     if (!pointer) throw std::invalid_argument(std::string(argument) + ": expected the address of a tensor, given null");
 }
 
-}  // namespace nk::cpu
+}  // namespace nk

@@ -1,0 +1,93 @@
+// Which kernel set serves an operator on a device.
+#include <algorithm>
+
+#include "../check.h"
+#include "kernels.h"
+#include "ops.h"
+
+namespace nk::cuda {
+namespace {
+
+// Makes a device current, and the former one again.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int64_t device) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        changed_ = device != before_;
+        if (changed_) check(cudaSetDevice(static_cast<int>(device)), "cudaSetDevice");
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+int attribute(int64_t device, cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, static_cast<int>(device)), "device");
+    return value;
+}
+
+// The kernel set asked for, or the best one.
+std::string select(const Launch& launch) {
+    const std::vector<std::string> usable = usable_isas(launch.device);
+    if (launch.isa.empty() && !usable.empty()) return usable.back();
+    if (std::find(usable.begin(), usable.end(), launch.isa) != usable.end()) return launch.isa;
+    std::string names;
+    for (const std::string& name : usable) names += (names.empty() ? "" : ", ") + name;
+    throw std::invalid_argument("isa: expected one of " + (names.empty() ? "none on this device" : names) + ", given '" +
+                                launch.isa + "'");
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas(int64_t device) {
+    const int capability =
+        10 * attribute(device, cudaDevAttrComputeCapabilityMajor) + attribute(device, cudaDevAttrComputeCapabilityMinor);
+    std::vector<std::string> isas;
+    if (capability >= 80) isas.push_back("sm80");
+    return isas;
+}
+
+void w4a8_fold_scales(const FoldArguments& arguments, const Launch& launch) {
+    validate(arguments);
+    select(launch);
+    const DeviceGuard guard(launch.device);
+    sm80::w4a8_fold_scales(arguments, launch.stream);
+}
+
+void w4a8_quantize(const QuantizeArguments& arguments, const Launch& launch) {
+    validate(arguments);
+    select(launch);
+    const DeviceGuard guard(launch.device);
+    if (arguments.tokens) sm80::w4a8_quantize(arguments, launch.stream);
+}
+
+void w4a8_accumulate(const ProductArguments& product, int32_t* sums, const Launch& launch) {
+    validate(product);
+    if (product.tokens) require_pointer(sums, "out");
+    select(launch);
+    const DeviceGuard guard(launch.device);
+    if (product.tokens) sm80::w4a8_accumulate(product, sums, launch.stream);
+}
+
+void w4a8_linear(const LinearArguments& arguments, const Launch& launch) {
+    validate(arguments);
+    select(launch);
+    const DeviceGuard guard(launch.device);
+    if (arguments.product.tokens) sm80::w4a8_linear(arguments, launch.stream);
+}
+
+void w4a16_linear(const AwqArguments& arguments, const Launch& launch) {
+    validate(arguments);
+    select(launch);
+    const DeviceGuard guard(launch.device);
+    if (arguments.tokens) sm80::w4a16_linear(arguments, launch.stream);
+}
+
+}  // namespace nk::cuda

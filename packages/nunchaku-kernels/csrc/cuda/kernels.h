@@ -1,0 +1,45 @@
+// Host entry points of the kernels, one namespace per kernel set. Arguments are valid and the device is current.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../ops.h"
+
+namespace nk::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // a launch that failed must not be reported again by the next one
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Raises the limit of dynamic shared memory of `kernel` and launches it.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const char* name, Arguments&&... arguments) {
+    if (shared_bytes > 48 * 1024)
+        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_bytes)),
+              name);
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+namespace sm80 {
+
+void w4a8_fold_scales(const FoldArguments& arguments, cudaStream_t stream);
+void w4a8_quantize(const QuantizeArguments& arguments, cudaStream_t stream);
+void w4a8_linear(const LinearArguments& arguments, cudaStream_t stream);
+void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream);
+void w4a16_linear(const AwqArguments& arguments, cudaStream_t stream);
+
+}  // namespace sm80
+}  // namespace nk::cuda

@@ -1,0 +1,85 @@
+// What the native operators take, on any processor, and the checks of it. Tensors are contiguous unless a stride is given;
+// an absent tensor is a null pointer.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "numerics/dtype.h"
+
+namespace nk {
+
+// A tensor of one of the three float types; data is null where the tensor is absent.
+struct FloatTensor {
+    const void* data;
+    int dtype;
+};
+
+// row_scales fp32 [Np] and multipliers int16 [Np, Kp / 64], natural order, from published qweight and wscales.
+struct FoldArguments {
+    const uint8_t* qweight;  // [Np, Kp / 2]
+    FloatTensor wscales;     // [Kp / 64, Np]
+    int64_t padded_n, padded_k;
+    float* row_scales;
+    int16_t* multipliers;
+};
+
+struct QuantizeArguments {
+    FloatTensor x;  // [tokens, channels], rows `stride` elements apart
+    int64_t tokens, channels, stride, padded_k;
+    FloatTensor smooth;  // [Kp] published order, or absent
+    float shift;
+    FloatTensor proj_down;  // [Kp, rank] published order, or absent
+    int64_t rank;
+    int8_t* codes;    // [tokens, Kp]
+    float* ascales;   // [tokens]
+    float* lora_act;  // [tokens, rank]
+};
+
+struct ProductArguments {
+    const int8_t* codes;         // [tokens, Kp]
+    const uint8_t* qweight;      // [Np, Kp / 2] published order
+    const int16_t* multipliers;  // [Np, Kp / 64]
+    int64_t tokens, padded_n, padded_k;
+};
+
+struct LinearArguments {
+    ProductArguments product;
+    const float* ascales;     // [tokens]
+    const float* row_scales;  // [Np]
+    const float* lora_act;    // [tokens, rank]
+    int64_t rank;
+    FloatTensor proj_up;      // [Np, rank] published order, or absent
+    const float* rank_scale;  // [rank] or null
+    FloatTensor wcscales;     // [Np] published order, or absent
+    FloatTensor bias;         // [Np] published order, or absent
+    int64_t out_features;
+    int activation;        // 0 none, 1 gelu (tanh), 2 silu
+    FloatTensor gate;      // [gate_rows, out_features], or absent
+    int64_t gate_rows;     // divides tokens
+    FloatTensor residual;  // [tokens, out_features], or absent
+    void* out;             // [tokens, out_features]
+    int out_dtype;
+};
+
+struct AwqArguments {
+    FloatTensor x;  // [tokens, in_features], rows `stride` elements apart
+    int64_t tokens, in_features, stride;
+    const uint16_t* qweight;  // [out_features / 4, in_features] 16-bit words, AWQ order
+    const void* wscales;      // [groups, out_features] natural order
+    const void* wzeros;       // like wscales; already -(zero point * scale)
+    int scales_dtype;
+    FloatTensor bias;  // [out_features] natural order, or absent
+    int64_t out_features, group_size;
+    void* out;  // [tokens, out_features]
+    int out_dtype;
+};
+
+// All throw std::invalid_argument, naming the argument as Python knows it.
+void validate(const FoldArguments& arguments);
+void validate(const QuantizeArguments& arguments);
+void validate(const ProductArguments& product);
+void validate(const LinearArguments& arguments);  // with its product
+void validate(const AwqArguments& arguments);
+
+}  // namespace nk
