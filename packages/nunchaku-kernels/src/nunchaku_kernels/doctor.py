@@ -1,7 +1,9 @@
 """What this machine can run, and why not more."""
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +57,7 @@ def examine() -> Report:
             "the compiled extension is missing: reinstall nunchaku-kernels with a C++ compiler on the machine"
         )
     else:
-        problems += _forced_isa(isas)
+        problems += _forced(_native.ISA_VARIABLE, _native.cpu_isa, "this machine", isas)
     devices = [_cpu(isas), *_cuda(problems)]
     if torch.backends.mps.is_available():
         devices.append(_device("mps", "Apple GPU", ["no 4-bit kernels for this device: weights are dequantised"]))
@@ -71,14 +73,13 @@ def examine() -> Report:
     )
 
 
-def _forced_isa(isas: list[str]) -> list[str]:
+def _forced(variable: str, read: Callable[[], str], owner: str, isas: list[str]) -> list[str]:
+    """What is wrong with a variable that forces kernels: an unknown name, or one that holds `owner` back."""
     try:
-        forced = _native.cpu_isa()
+        forced = read()
     except ValueError as error:
         return [str(error)]
-    if forced and forced != isas[-1]:
-        return [f"{_native.ISA_VARIABLE}={forced} holds the CPU kernels back, this machine runs {isas[-1]}"]
-    return []
+    return [f"{variable}={forced} holds {owner} back, which runs {isas[-1]}"] if forced not in ("", isas[-1]) else []
 
 
 def _device(device: str, name: str, notes: list[str]) -> Device:
@@ -116,12 +117,15 @@ def _cuda(problems: list[str]) -> list[Device]:
             problems.append(f"cuda:{index}: {error}")
             continue
         missing = _native.missing_cuda_kernels(index)
-        note = f"no 4-bit kernels: {missing}; weights are dequantised, products run in 16 bits" if missing else ""
-        devices.append(_device(f"cuda:{index}", f"{name} (sm_{major}{minor})", [note] if note else _cuda_notes(index)))
+        if missing:
+            notes = [f"no 4-bit kernels: {missing}; weights are dequantised, products run in 16 bits"]
+        else:
+            kernels = _native.kernels(torch.device("cuda", index)).isas(index)
+            read = partial(_native.cuda_isa, index)
+            problems += _forced(_native.CUDA_ISA_VARIABLE, read, f"cuda:{index}", kernels)
+            notes = [
+                f"kernels: {', '.join(kernels)}",
+                "nvfp4 weights are dequantised: this release has no kernel for them",
+            ]
+        devices.append(_device(f"cuda:{index}", f"{name} (sm_{major}{minor})", notes))
     return devices
-
-
-def _cuda_notes(index: int) -> list[str]:
-    module = _native.extension()
-    kernels = [] if module is None else module.cuda.isas(index)
-    return [f"kernels: {', '.join(kernels)}", "nvfp4 weights are dequantised: this release has no kernel for them"]

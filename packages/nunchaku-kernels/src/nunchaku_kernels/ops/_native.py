@@ -40,41 +40,44 @@ def extension() -> ModuleType | None:
 
 def kernels(device: torch.device) -> Any:
     """The compiled kernels for tensors on `device`, a module; None where plain torch has to do."""
-    if device.type == "cpu":
-        return extension()
-    return _cuda_kernels(_index(device)) if device.type == "cuda" else None
+    module = extension()
+    if module is None or device.type == "cpu":
+        return module
+    return _cuda_kernels(module, _index(device)) if device.type == "cuda" else None
 
 
 @functools.cache
-def _cuda_kernels(index: int) -> Any:
+def _cuda_kernels(module: ModuleType, index: int) -> Any:
     missing = missing_cuda_kernels(index)
     if missing:
         logger.warning("cuda:%d runs without 4-bit kernels, slowly: %s", index, missing)
         return None
-    module = extension()
-    return None if module is None else module.cuda
+    return module.cuda
 
 
 def missing_cuda_kernels(index: int) -> str:
-    """Why CUDA device `index` has no kernels; empty if it has."""
+    """Why CUDA device `index` has no kernels, or cannot be asked; empty if it has. Never raises."""
     module = extension()
     if module is None:
         return "the compiled extension is missing"
     if torch.version.cuda is None:
-        return "torch was built for another kind of GPU"
+        return "torch was built for another kind of GPU, or for none"
     if not hasattr(module, "cuda"):
         return "this build has no CUDA kernels (no CUDA compiler was found when it was made)"
     try:
         if module.cuda.isas(index):
             return ""
-    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(index)
+    except RuntimeError as error:  # no driver, an old driver, no such device
         return str(error)
-    major, minor = torch.cuda.get_device_capability(index)
     return f"they need sm_80 or later, this is sm_{major}{minor}"
 
 
 def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    if device.index is not None:
+        return device.index
+    # torch cannot name its current device where there is none: what is wrong with device 0 is then the answer
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def place(device: torch.device, products: int) -> tuple[Any, ...]:
@@ -83,7 +86,7 @@ def place(device: torch.device, products: int) -> tuple[Any, ...]:
     if device.type == "cpu":
         return threads(products), cpu_isa()
     index = _index(device)
-    return index, torch.cuda.current_stream(index).cuda_stream, os.environ.get(CUDA_ISA_VARIABLE, "")
+    return index, torch.cuda.current_stream(index).cuda_stream, cuda_isa(index)
 
 
 def cpu_isa() -> str:
@@ -96,6 +99,19 @@ def cpu_isa() -> str:
     module = extension()
     if wanted and module is not None and wanted not in module.isas():
         raise ValueError(f"{ISA_VARIABLE}={wanted!r}: this machine runs {', '.join(module.isas())}")
+    return wanted
+
+
+def cuda_isa(index: int) -> str:
+    """The kernel set asked for through `NUNCHAKU_CUDA_ISA`; empty for the best one of CUDA device `index`.
+
+    Raises:
+        ValueError: the variable names a kernel set that the device or build does not have.
+    """
+    wanted = os.environ.get(CUDA_ISA_VARIABLE, "")
+    module = extension()
+    if wanted and module is not None and wanted not in module.cuda.isas(index):
+        raise ValueError(f"{CUDA_ISA_VARIABLE}={wanted!r}: cuda:{index} runs {', '.join(module.cuda.isas(index))}")
     return wanted
 
 
