@@ -130,8 +130,12 @@ def dense(tensor: torch.Tensor) -> torch.Tensor: ...
 @overload
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None: ...
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor with its elements in row-major order, as the extension reads them."""
-    return None if tensor is None else tensor.contiguous()
+    """The tensor with its elements in row-major order, as the extension reads them; on CUDA from a multiple of 16 bytes
+    on, which vector loads need."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

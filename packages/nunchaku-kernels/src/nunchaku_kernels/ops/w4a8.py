@@ -146,11 +146,19 @@ def _linear(
         out_dtype=out_dtype, device=device,
     )  # fmt: skip
     native = _native.kernels(device)
-    # Tensor cores take 16-bit factors; an fp32 branch is rare and keeps its precision on the slow path.
-    apart = proj_up is not None and proj_up.is_cuda and proj_up.dtype == torch.float32 and lora_act.shape[1] > 0
-    if native is None or apart:
+    if native is None:
         sums = reference.accumulate(codes, reference.decode_int8(unpack_qweight(qweight), group_multipliers))
         product = sums.float() * ascales[:, None] * row_scales
+        return reference_epilogue(
+            product, lora_act, proj_up, rank_scale, wcscales, bias, out_features=out_features, activation=activation,
+            gate=gate, residual=residual, out_dtype=out_dtype,
+        )  # fmt: skip
+    if proj_up is not None and proj_up.is_cuda and proj_up.dtype == torch.float32 and lora_act.shape[1]:
+        # Tensor cores take 16-bit factors; an fp32 branch is rare and goes through torch.
+        product = torch.ops.nunchaku_kernels.w4a8_linear(
+            codes, ascales, lora_act[:, :0], qweight, row_scales, group_multipliers, None, None, None, None,
+            out_features=rows, out_dtype=torch.float32,
+        )  # fmt: skip
         return reference_epilogue(
             product, lora_act, proj_up, rank_scale, wcscales, bias, out_features=out_features, activation=activation,
             gate=gate, residual=residual, out_dtype=out_dtype,
