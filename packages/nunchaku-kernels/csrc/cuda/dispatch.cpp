@@ -51,6 +51,7 @@ std::vector<std::string> usable_isas(int64_t device) {
         10 * attribute(device, cudaDevAttrComputeCapabilityMajor) + attribute(device, cudaDevAttrComputeCapabilityMinor);
     std::vector<std::string> isas;
     if (capability >= 80) isas.push_back("sm80");
+    if (capability == 90) isas.push_back("sm90");  // wgmma exists on sm_90a alone
     return isas;
 }
 
@@ -71,16 +72,24 @@ void w4a8_quantize(const QuantizeArguments& arguments, const Launch& launch) {
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, const Launch& launch) {
     validate(product);
     if (product.tokens) require_pointer(sums, "out");
-    select(launch);
+    const std::string isa = select(launch);
     const DeviceGuard guard(launch.device);
-    if (product.tokens) sm80::w4a8_accumulate(product, sums, launch.stream);
+    if (!product.tokens) return;
+    if (isa == "sm90" && sm90::serves(product))
+        sm90::w4a8_accumulate(product, sums, launch.stream);
+    else
+        sm80::w4a8_accumulate(product, sums, launch.stream);
 }
 
 void w4a8_linear(const LinearArguments& arguments, const Launch& launch) {
     validate(arguments);
-    select(launch);
+    const std::string isa = select(launch);
     const DeviceGuard guard(launch.device);
-    if (arguments.product.tokens) sm80::w4a8_linear(arguments, launch.stream);
+    if (!arguments.product.tokens) return;
+    if (isa == "sm90" && sm90::serves(arguments))
+        sm90::w4a8_linear(arguments, launch.stream);
+    else
+        sm80::w4a8_linear(arguments, launch.stream);
 }
 
 void w4a16_linear(const AwqArguments& arguments, const Launch& launch) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../ops.h"
 
@@ -17,20 +18,32 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Raises the limit of dynamic shared memory of `kernel` and launches it.
+// Raises the limit of dynamic shared memory of `kernel` and launches it, in clusters of `cluster` CTAs (sm_90) if given.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            const char* name, Arguments&&... arguments) {
+void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, const char* name, Arguments&&... arguments) {
     if (shared_bytes > 48 * 1024)
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(shared_bytes)),
               name);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const char* name, Arguments&&... arguments) {
+    launch_clusters(1, kernel, grid, block, shared_bytes, stream, name, std::forward<Arguments>(arguments)...);
 }
 
 namespace sm80 {
@@ -42,4 +55,17 @@ void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_
 void w4a16_linear(const AwqArguments& arguments, cudaStream_t stream);
 
 }  // namespace sm80
+
+namespace sm90 {
+
+void w4a8_quantize(const QuantizeArguments& arguments, cudaStream_t stream);
+
+// Whether the kernels below take these arguments; the others are for sm80.
+bool serves(const ProductArguments& product);
+bool serves(const LinearArguments& arguments);
+
+void w4a8_linear(const LinearArguments& arguments, cudaStream_t stream);
+void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream);
+
+}  // namespace sm90
 }  // namespace nk::cuda

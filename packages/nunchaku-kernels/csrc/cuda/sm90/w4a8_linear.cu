@@ -1,0 +1,536 @@
+// The W4A8 product with wgmma (sm_90a): Y^T = W X^T, with the same int32 sums as the portable kernel.
+//
+// Persistent blocks of three warpgroups. The first one moves data: one warp loads tokens and weights of 128 inputs per
+// stage, one stores finished tiles, two bring the low-rank hidden state. The other two multiply 64 channels each with all
+// tokens of the tile; weights are decoded in registers, straight from the published order, into the A operand of wgmma.
+// Sums become fp32 in place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
+#include <cuda.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+
+#include "../../numerics/layout.h"
+#include "../decode.cuh"
+#include "../kernels.h"
+#include "../ptx/async_copy.h"
+#include "../ptx/hopper.h"
+#include "../ptx/wgmma.h"
+#include "../tail.cuh"
+
+namespace nk::cuda::sm90 {
+namespace {
+
+constexpr int kConsumers = 2;                        // warpgroups that multiply
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kChannels = 64 * kConsumers;           // of a tile
+constexpr int kChunk = 128;                          // inputs of a stage
+constexpr int kWeightBytes = kChannels * kChunk / 2;
+constexpr int kRow = 128;                            // bytes of a token in a stage, and in an output or hidden tile
+constexpr int kSharedLimit = 232448;
+constexpr int kRankBlock = 64;                       // ranks of the low-rank branch that are staged together
+constexpr int kHiddenThreads = 64;
+constexpr int kFewTokens = 64;                        // up to here the portable kernel is the better one
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+struct Arguments {
+    const uint8_t* qweight;
+    const int16_t* multipliers;
+    int tokens, padded_n, padded_k, token_tiles, channel_tiles;
+    int32_t* sums;  // if given, the bare product goes there, and nothing below is read
+    const float *ascales, *row_scales, *lora_act, *rank_scale;
+    const void *proj_up, *wcscales, *bias, *gate, *residual;
+    DType up_dtype, wcscales_dtype, bias_dtype, gate_dtype, out_dtype;  // the residual has out_dtype
+    int rank, activation, out_features, tokens_per_gate;
+};
+
+// Shared memory: stages of tokens, stages of weights, one output tile per consumer, barriers. The hidden state of the
+// low-rank branch lies where the first output tile goes afterwards.
+template <int tokens>
+struct Layout {
+    static constexpr int kTokenBytes = tokens * kRow, kStageBytes = kTokenBytes + kWeightBytes;
+    static constexpr int kOutputBytes = kConsumers * tokens * kRow;
+    static constexpr int kBarrierBytes = 256;
+    static constexpr int kStages = std::min(8, (kSharedLimit - 1024 - kOutputBytes - kBarrierBytes) / kStageBytes);
+    static constexpr int kWeights = kStages * kTokenBytes, kOutput = kWeights + kStages * kWeightBytes;
+    static constexpr int kBarriers = kOutput + kOutputBytes;
+    static constexpr int kBytes = kBarriers + kBarrierBytes + 1024;  // the start is rounded up to 1024
+    static_assert(kTokenBytes % 1024 == 0 && kStages >= 3);
+};
+
+// Where the barriers are. `full` and `empty` guard the stages, `hidden_full` and `hidden_empty` one block of ranks,
+// `output_full` (one per consumer) and `output_empty` the output tiles.
+template <int stages>
+struct Barriers {
+    uint32_t base;
+    __device__ uint32_t full(int stage) const { return base + 8 * stage; }
+    __device__ uint32_t empty(int stage) const { return base + 8 * (stages + stage); }
+    __device__ uint32_t hidden_full() const { return base + 8 * (2 * stages); }
+    __device__ uint32_t hidden_empty() const { return base + 8 * (2 * stages + 1); }
+    __device__ uint32_t output_empty() const { return base + 8 * (2 * stages + 2); }
+    __device__ uint32_t output_full(int consumer) const { return base + 8 * (2 * stages + 3 + consumer); }
+};
+
+// A position in a ring of stages and the parity of its current phase.
+template <int stages>
+struct Ring {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// Channels vary fastest: blocks that run at the same time share few token tiles.
+struct Tile {
+    int token, channel;
+    __device__ Tile(int index, int channel_tiles, int tokens)
+        : token(index / channel_tiles * tokens), channel(index % channel_tiles * kChannels) {}
+};
+
+template <int tokens>
+__device__ void load_stages(const CUtensorMap* codes, const Arguments& a, uint32_t shared,
+                            Barriers<Layout<tokens>::kStages> barriers) {
+    using L = Layout<tokens>;
+    Ring<L::kStages> ring;
+    for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x) {
+        const Tile tile(index, a.channel_tiles, tokens);
+        const uint8_t* weights = a.qweight + qweight_strip_offset(tile.channel, 0, a.padded_k);
+        for (int k = 0; k < a.padded_k; k += kChunk, weights += kWeightBytes) {
+            ptx::wait(barriers.empty(ring.stage), ring.parity ^ 1);
+            const uint32_t full = barriers.full(ring.stage);
+            ptx::arrive_expecting(full, L::kStageBytes);
+            ptx::tensor_load(shared + ring.stage * L::kTokenBytes, codes, k, tile.token, full);
+            ptx::bulk_load(shared + L::kWeights + ring.stage * kWeightBytes, weights, kWeightBytes, full);
+            ring.advance();
+        }
+    }
+}
+
+template <int tokens>
+__device__ void store_tiles(const CUtensorMap* out, const Arguments& a, uint32_t shared,
+                            Barriers<Layout<tokens>::kStages> barriers) {
+    uint32_t parity = 0;
+    for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x, parity ^= 1) {
+        const Tile tile(index, a.channel_tiles, tokens);
+#pragma unroll
+        for (int c = 0; c < kConsumers; ++c) {
+            ptx::wait(barriers.output_full(c), parity);
+            ptx::tensor_store(out, shared + Layout<tokens>::kOutput + c * tokens * kRow, tile.channel + 64 * c,
+                              tile.token);
+        }
+        ptx::finish_reading_stores();
+        ptx::arrive(barriers.output_empty());
+    }
+}
+
+// Brings lora_act * rank_scale as 16-bit rows of 64 ranks, in the 128-byte swizzle.
+template <int tokens>
+__device__ void load_hidden(const Arguments& a, uint8_t* hidden, int thread,
+                            Barriers<Layout<tokens>::kStages> barriers) {
+    uint32_t output_parity = 1, empty_parity = 1;
+    for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x) {
+        const Tile tile(index, a.channel_tiles, tokens);
+        for (int first = 0; first < a.rank; first += kRankBlock) {
+            // Before the first block: the last tile was stored. Before the others: the block before was multiplied.
+            if (first == 0) {
+                ptx::wait(barriers.output_empty(), output_parity);
+                output_parity ^= 1;
+            }
+            ptx::wait(barriers.hidden_empty(), empty_parity);
+            empty_parity ^= 1;
+            const int pieces = min(kRankBlock, a.rank - first) / 8;  // of 16 bytes
+#pragma unroll 4
+            for (int i = thread; i < tokens * pieces; i += kHiddenThreads) {
+                const int token = i / pieces, piece = i % pieces, rank = first + 8 * piece;
+                float values[8] = {};
+                if (tile.token + token < a.tokens) {
+                    load_8(a.lora_act, DType::f32, static_cast<size_t>(tile.token + token) * a.rank + rank, values);
+                    if (a.rank_scale) {
+                        float scales[8];
+                        load_8(a.rank_scale, DType::f32, rank, scales);
+#pragma unroll
+                        for (int r = 0; r < 8; ++r) values[r] *= scales[r];
+                    }
+                }
+                store_8(hidden, a.up_dtype, (token * kRow + 16 * (piece ^ token % 8)) / 2, values);
+            }
+            ptx::fence_async_proxy();
+            ptx::arrive(barriers.hidden_full());
+        }
+    }
+}
+
+// One group of 64 inputs: the A operands of two products for the warp's 16 channels.
+__device__ __forceinline__ void decode_group(uint4 codes, uint32_t upper, uint32_t lower, uint32_t (&a)[2][4]) {
+    const GroupMultiplier first(upper & 0xffff), second(lower & 0xffff);
+    decode(codes.x, first, a[0][0], a[0][2]);
+    decode(codes.y, first, a[1][0], a[1][2]);
+    decode(codes.z, second, a[0][1], a[0][3]);
+    decode(codes.w, second, a[1][1], a[1][3]);
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+// y += (lora_act * rank_scale) proj_up^T.
+template <int tokens, bool is_bf16>
+__device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t hidden, int strip_channel, int lane,
+                                             uint32_t& parity, Barriers<Layout<tokens>::kStages> barriers,
+                                             float (&y)[tokens / 2]) {
+    const uint4* up = static_cast<const uint4*>(a.proj_up) + static_cast<size_t>(strip_channel / 16) * a.rank / 16 * 32;
+    for (int first = 0; first < a.rank; first += kRankBlock) {
+        ptx::wait(barriers.hidden_full(), parity);
+        parity ^= 1;
+        const int steps = min(kRankBlock, a.rank - first) / 16;
+        for (int step = 0; step < steps; ++step) {
+            const uint4 words = __ldg(up + (first / 16 + step) * 32 + lane);
+            const uint32_t factors[4] = {words.x, words.z, words.y, words.w};
+            ptx::wgmma_fence();
+            ptx::Wgmma<tokens>::template half<is_bf16>(y, factors, ptx::wgmma_operand(hidden) + 2 * step);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<0>();
+        }
+        __syncwarp();
+        if (lane == 0) ptx::arrive(barriers.hidden_empty());
+    }
+}
+
+// Sums to fp32 outputs without the low-rank branch.
+template <int tokens>
+__device__ __forceinline__ void scale_sums(const Arguments& a, int channel, int first_token,
+                                           const int32_t (&sums)[tokens / 2], float (&y)[tokens / 2]) {
+    float scale[2], factor[2], bias[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        const int n = channel + 8 * row;
+        scale[row] = __ldg(a.row_scales + n);
+        factor[row] = a.wcscales ? load_float(a.wcscales, a.wcscales_dtype, vector_position(n)) : 1.0f;
+        bias[row] = a.bias ? load_float(a.bias, a.bias_dtype, vector_position(n)) : 0.0f;
+    }
+#pragma unroll
+    for (int block = 0; block < tokens / 8; ++block) {
+        const int token = first_token + 8 * block;
+        float ascale[2];
+        ascale[0] = token < a.tokens ? __ldg(a.ascales + token) : 0.0f;
+        ascale[1] = token + 1 < a.tokens ? __ldg(a.ascales + token + 1) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            y[4 * block + i] =
+                static_cast<float>(sums[4 * block + i]) * ascale[i % 2] * scale[i / 2] * factor[i / 2] + bias[i / 2];
+    }
+}
+
+// The gates of a lane's two channels, for tokens in ascending order.
+struct Gates {
+    float values[2] = {1.0f, 1.0f};
+    int end = 0, next_row = 0;  // the values hold below token `end`
+
+    __device__ __forceinline__ void move_to(const Arguments& a, int token, int channel) {
+        if (!a.gate || token < end) return;
+        next_row = token / a.tokens_per_gate;
+        end = (next_row + 1) * a.tokens_per_gate;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (token < a.tokens && channel + 8 * i < a.out_features)
+                values[i] = load_float(a.gate, a.gate_dtype,
+                                       static_cast<size_t>(next_row) * a.out_features + channel + 8 * i);
+    }
+};
+
+// Activation, gate and residual, and the rounding, into the consumer's output tile: rows of 64 channels, swizzled.
+template <int tokens, int consumer>
+__device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, const Tile& tile,
+                                       float (&y)[tokens / 2]) {
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const uint32_t output = outputs + consumer * tokens * kRow;
+    const int first_channel = tile.channel + 64 * consumer, channel = first_channel + 16 * warp + lane / 4;
+    const bool is_bf16 = a.out_dtype == DType::bf16;
+    if (a.residual) {  // whole rows in, so that memory sees 128 bytes at a time
+        for (int i = thread; i < tokens * 8; i += 128) {
+            const int token = i / 8, piece = i % 8, n = first_channel + 8 * piece;
+            if (tile.token + token >= a.tokens || n >= a.out_features) continue;
+            const uint4 bits = __ldg(reinterpret_cast<const uint4*>(
+                static_cast<const uint16_t*>(a.residual) + static_cast<size_t>(tile.token + token) * a.out_features + n));
+            asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(output + token * kRow +
+                                                                       16 * (piece ^ token % 8)),
+                         "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                         : "memory");
+        }
+        ptx::sync_threads<2 + consumer, 128>();
+    }
+    const uint32_t row = output + (lane / 16 * 8 + lane % 8) * kRow + 16 * ((2 * warp + lane / 8 % 2) ^ lane % 8);
+    Gates gates[2];  // of even and odd tokens
+#pragma unroll
+    for (int pair = 0; pair < tokens / 16; ++pair) {
+        const uint32_t address = row + pair * 16 * kRow;
+        uint32_t residual[4], packed[4];
+        if (a.residual) ptx::ldmatrix_x4_trans(residual, address);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {  // matrices of 8 channels x 8 tokens: m % 2 says which channels, m / 2 which tokens
+            float values[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                values[i] = activate(y[8 * pair + 4 * (m / 2) + 2 * (m % 2) + i], a.activation);
+                if (a.gate) {
+                    gates[i].move_to(a, tile.token + 16 * pair + 8 * (m / 2) + lane % 4 * 2 + i, channel);
+                    values[i] *= gates[i].values[m % 2];
+                }
+            }
+            if (a.residual) {
+                const float2 before = unpack_half(residual[m], a.out_dtype);
+                values[0] += before.x, values[1] += before.y;
+            }
+            packed[m] = is_bf16 ? pack_bf16(values[0], values[1]) : pack_f16(values[0], values[1]);
+        }
+        ptx::stmatrix_x4_trans(address, packed);
+    }
+}
+
+// Multiplies and finishes tiles: warpgroup `consumer` has channels 64 * consumer and on of each.
+template <int tokens>
+__device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barriers<Layout<tokens>::kStages> barriers) {
+    using L = Layout<tokens>;
+    constexpr int kBlocks = tokens / 8;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int groups = a.padded_k / kGroup, chunks = a.padded_k / kChunk;
+    const uint32_t strip = shared + L::kWeights + (4 * consumer + warp) * kStripBytes + 16 * lane;
+    Ring<L::kStages> ring;
+    uint32_t hidden_parity = 0, output_parity = 1;
+
+    for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x) {
+        const Tile tile(index, a.channel_tiles, tokens);
+        const int strip_channel = tile.channel + 64 * consumer + 16 * warp, channel = strip_channel + lane / 4;
+        int32_t sums[tokens / 2] = {};  // zeros: without them ptxas keeps the registers alive from tile to tile
+        const int16_t* upper_row = a.multipliers + static_cast<size_t>(channel) * groups;
+        const int16_t* lower_row = upper_row + 8 * groups;
+        uint32_t upper = __ldg(reinterpret_cast<const uint32_t*>(upper_row));
+        uint32_t lower = __ldg(reinterpret_cast<const uint32_t*>(lower_row));
+        uint32_t operand[2][2][4];
+        int previous = -1;
+#pragma unroll 1
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const int next = min(chunk + 1, chunks - 1);
+            const uint32_t next_upper = __ldg(reinterpret_cast<const uint32_t*>(upper_row) + next);
+            const uint32_t next_lower = __ldg(reinterpret_cast<const uint32_t*>(lower_row) + next);
+            ptx::wait(barriers.full(ring.stage), ring.parity);
+            const uint32_t codes = strip + ring.stage * kWeightBytes;
+            const uint4 first = load_shared(codes), second = load_shared(codes + kChannels * kGroup / 2);
+            const uint64_t b = ptx::wgmma_operand(shared + ring.stage * L::kTokenBytes);
+
+            decode_group(first, upper, lower, operand[0]);
+            ptx::wgmma_fence();
+            ptx::Wgmma<tokens>::s8(sums, operand[0][0], b);
+            ptx::Wgmma<tokens>::s8(sums, operand[0][1], b + 2);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();  // the chunk before is multiplied
+            if (previous >= 0 && lane == 0) ptx::arrive(barriers.empty(previous));
+
+            decode_group(second, upper >> 16, lower >> 16, operand[1]);
+            ptx::wgmma_fence();
+            ptx::Wgmma<tokens>::s8(sums, operand[1][0], b + 4);
+            ptx::Wgmma<tokens>::s8(sums, operand[1][1], b + 6);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();
+            previous = ring.stage;
+            upper = next_upper, lower = next_lower;
+            ring.advance();
+        }
+        ptx::wgmma_wait<0>();
+        if (lane == 0) ptx::arrive(barriers.empty(previous));
+
+        const int first_token = tile.token + lane % 4 * 2;
+        if (a.sums) {
+#pragma unroll
+            for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int token = first_token + 8 * block + i % 2;
+                    if (token < a.tokens)
+                        a.sums[static_cast<size_t>(token) * a.padded_n + channel + i / 2 * 8] = sums[4 * block + i];
+                }
+            continue;
+        }
+
+        float y[tokens / 2];
+        scale_sums<tokens>(a, channel, first_token, sums, y);
+        if (a.rank) {
+            if (a.up_dtype == DType::bf16)
+                add_low_rank<tokens, true>(a, shared + L::kOutput, strip_channel, lane, hidden_parity, barriers, y);
+            else
+                add_low_rank<tokens, false>(a, shared + L::kOutput, strip_channel, lane, hidden_parity, barriers, y);
+            ptx::sync_threads<1, 128 * kConsumers>();  // the hidden state makes room for outputs
+        } else {
+            ptx::wait(barriers.output_empty(), output_parity);
+            output_parity ^= 1;
+        }
+        if (consumer == 0)
+            finish<tokens, 0>(a, shared + L::kOutput, tile, y);
+        else
+            finish<tokens, 1>(a, shared + L::kOutput, tile, y);
+        ptx::fence_async_proxy();
+        ptx::arrive(barriers.output_full(consumer));
+    }
+}
+
+template <int tokens>
+__global__ void __launch_bounds__(kThreads, 1)
+    product(const __grid_constant__ CUtensorMap codes, const __grid_constant__ CUtensorMap out,
+            const __grid_constant__ Arguments a) {
+    using L = Layout<tokens>;
+    extern __shared__ uint8_t unaligned[];
+    const uint32_t start = ptx::shared_address(unaligned), shared = (start + 1023) / 1024 * 1024;
+    const Barriers<L::kStages> barriers{shared + L::kBarriers};
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        ptx::prefetch_map(&codes);
+        for (int stage = 0; stage < L::kStages; ++stage) {
+            ptx::init_barrier(barriers.full(stage), 1);
+            ptx::init_barrier(barriers.empty(stage), 4 * kConsumers);
+        }
+        ptx::init_barrier(barriers.hidden_full(), kHiddenThreads);
+        ptx::init_barrier(barriers.hidden_empty(), 4 * kConsumers);
+        ptx::init_barrier(barriers.output_empty(), 1);
+        for (int c = 0; c < kConsumers; ++c) ptx::init_barrier(barriers.output_full(c), 128);
+        ptx::fence_barrier_init();
+    }
+    __syncthreads();
+    if (warpgroup == 0) {
+        ptx::give_up_registers<kProducerRegisters>();
+        if (warp == 0) {
+            if (lane == 0) load_stages<tokens>(&codes, a, shared, barriers);
+        } else if (warp == 1) {
+            if (lane == 0 && !a.sums) store_tiles<tokens>(&out, a, shared, barriers);
+        } else if (!a.sums && a.rank) {
+            load_hidden<tokens>(a, unaligned + (shared - start) + L::kOutput, threadIdx.x - 64, barriers);
+        }
+    } else {
+        ptx::take_registers<kConsumerRegisters>();
+        consume<tokens>(a, shared, warpgroup - 1, barriers);
+    }
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found at run time: the module must load where there is no driver.
+Encode find_encode() {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("cuTensorMapEncodeTiled: not in this driver");
+    return reinterpret_cast<Encode>(function);
+}
+
+// A matrix of `rows` x `columns` elements in boxes of `box_rows` rows of 128 bytes.
+CUtensorMap make_map(const void* data, CUtensorMapDataType type, int element_bytes, int64_t rows, int64_t columns,
+                     int box_rows) {
+    static const Encode encode = find_encode();
+    CUtensorMap map{};
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * element_bytes};
+    const cuuint32_t box[2] = {static_cast<cuuint32_t>(kRow / element_bytes), static_cast<cuuint32_t>(box_rows)};
+    const cuuint32_t steps[2] = {1, 1};
+    const CUresult result =
+        encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+        throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
+    return map;
+}
+
+template <int tokens>
+void run(Arguments a, const int8_t* codes, void* out, int processors, cudaStream_t stream) {
+    a.token_tiles = (a.tokens + tokens - 1) / tokens;
+    const CUtensorMap codes_map =
+        make_map(codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.tokens, a.padded_k, tokens);
+    const CUtensorMap out_map =
+        out ? make_map(out, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.tokens, a.out_features, tokens) : codes_map;
+    const int tiles = a.token_tiles * a.channel_tiles;
+    launch(product<tokens>, dim3(std::min(tiles, processors)), dim3(kThreads), Layout<tokens>::kBytes, stream,
+           "w4a8_linear (sm90)", codes_map, out_map, a);
+}
+
+void choose_and_run(const Arguments& a, const int8_t* codes, void* out, cudaStream_t stream) {
+    int device = 0, processors = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
+    // Tiles that one block works off, times the cost of one in tokens: below about 208 decoding sets the pace, and what
+    // comes after the products takes as long as 32 tokens at K = 3072.
+    const auto cost = [&](int tokens) {
+        const int64_t tiles = static_cast<int64_t>((a.tokens + tokens - 1) / tokens) * a.channel_tiles;
+        return static_cast<double>((tiles + processors - 1) / processors) *
+               (std::max(tokens, 208) + 32.0 * 3072 / a.padded_k * tokens / 256);
+    };
+    int best = 256;
+    for (const int tokens : {224, 208, 192, 128})
+        if (cost(tokens) < cost(best)) best = tokens;
+    switch (best) {
+        case 256: return run<256>(a, codes, out, processors, stream);
+        case 224: return run<224>(a, codes, out, processors, stream);
+        case 208: return run<208>(a, codes, out, processors, stream);
+        case 192: return run<192>(a, codes, out, processors, stream);
+        default: return run<128>(a, codes, out, processors, stream);
+    }
+}
+
+Arguments product_arguments(const ProductArguments& p) {
+    Arguments a{};
+    a.qweight = p.qweight;
+    a.multipliers = p.multipliers;
+    a.tokens = static_cast<int>(p.tokens);
+    a.padded_n = static_cast<int>(p.padded_n);
+    a.padded_k = static_cast<int>(p.padded_k);
+    a.channel_tiles = a.padded_n / kChannels;
+    return a;
+}
+
+bool fits(const ProductArguments& p) {
+    return p.padded_k % kChunk == 0 && p.tokens < (1 << 30) && p.padded_n < (1 << 30) &&
+           (p.tokens / 128 + 1) * (p.padded_n / kChannels) < (1 << 30);
+}
+
+}  // namespace
+
+bool serves(const ProductArguments& product) { return fits(product) && product.tokens > kFewTokens; }
+
+bool serves(const LinearArguments& a) {
+    const bool half_output = a.out_dtype != static_cast<int>(DType::f32);
+    const bool half_branch = !a.proj_up.data || !a.rank || a.proj_up.dtype != static_cast<int>(DType::f32);
+    return serves(a.product) && half_output && half_branch && a.out_features % 8 == 0 && aligned(a.out) &&
+           (!a.residual.data || (a.residual.dtype == a.out_dtype && aligned(a.residual.data)));
+}
+
+void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream) {
+    Arguments a = product_arguments(product);
+    a.sums = sums;
+    choose_and_run(a, product.codes, nullptr, stream);
+}
+
+void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
+    Arguments a = product_arguments(linear.product);
+    a.rank = linear.proj_up.data ? static_cast<int>(linear.rank) : 0;
+    a.ascales = linear.ascales;
+    a.row_scales = linear.row_scales;
+    a.lora_act = linear.lora_act;
+    a.rank_scale = linear.rank_scale;
+    a.proj_up = linear.proj_up.data;
+    a.wcscales = linear.wcscales.data;
+    a.bias = linear.bias.data;
+    a.gate = linear.gate.data;
+    a.residual = linear.residual.data;
+    a.up_dtype = static_cast<DType>(linear.proj_up.dtype);
+    a.wcscales_dtype = static_cast<DType>(linear.wcscales.dtype);
+    a.bias_dtype = static_cast<DType>(linear.bias.dtype);
+    a.gate_dtype = static_cast<DType>(linear.gate.dtype);
+    a.out_dtype = static_cast<DType>(linear.out_dtype);
+    a.activation = linear.activation;
+    a.out_features = static_cast<int>(linear.out_features);
+    a.tokens_per_gate = linear.gate.data ? static_cast<int>(linear.product.tokens / linear.gate_rows) : 1;
+    choose_and_run(a, linear.product.codes, linear.out, stream);
+}
+
+}  // namespace nk::cuda::sm90
