@@ -64,9 +64,13 @@ void w4a8_fold_scales(const FoldArguments& arguments, const Launch& launch) {
 
 void w4a8_quantize(const QuantizeArguments& arguments, const Launch& launch) {
     validate(arguments);
-    select(launch);
+    const std::string isa = select(launch);
     const DeviceGuard guard(launch.device);
-    if (arguments.tokens) sm80::w4a8_quantize(arguments, launch.stream);
+    if (!arguments.tokens) return;
+    if (isa == "sm90")
+        sm90::w4a8_quantize(arguments, launch.stream);
+    else
+        sm80::w4a8_quantize(arguments, launch.stream);
 }
 
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, const Launch& launch) {

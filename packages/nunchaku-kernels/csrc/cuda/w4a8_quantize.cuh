@@ -1,0 +1,571 @@
+// The kernel behind w4a8_quantize: smoothing, token maximum, int8 and low-rank down projection in one pass over x.
+//
+// A team (one CTA, or a cluster of CTAs) takes kTokens tokens, each of its warps every n-th 64-group of their channels.
+// A warp copies its groups into slots of shared memory that no other warp reads, so it waits for its own copies only,
+// and meets the others twice: to agree on the token maxima and to add up the low-rank sums. The slots keep x between
+// the sweep that finds the maxima and the one that rounds. Where they are fewer than the groups, sweeps alternate in
+// direction: each begins with what the one before left in the slots, and reads the rest again.
+//
+// Tensor cores multiply the low-rank factor, 16 ranks a tile (A), with the tokens (B). Lanes smooth and round the
+// elements of their B fragments, whose channels (pairs 2u, 2u + 1 of every eight) make 16-byte stores of permuted
+// codes.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../check.h"
+#include "../numerics/dtype.h"
+#include "../numerics/layout.h"
+#include "kernels.h"
+#include "ptx/arithmetic.h"
+#include "ptx/async_copy.h"
+#include "ptx/mma.h"
+
+namespace nk::cuda::quantize {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kGroupSize = static_cast<int>(kGroup);
+constexpr int kRankTiles = 2;  // 16-rank tiles that share one sweep
+constexpr int kReciprocalBytes = kGroupSize * 4;
+constexpr int kMaximaBytes = 128;  // one word per token, and the slots behind them stay aligned for the swizzle
+
+struct Parameters {
+    const char* x;
+    int64_t tokens, channels, row_bytes;
+    bool x_aligned;  // rows begin on 16 bytes and hold whole 16-byte pieces
+    int groups;
+    const void* smooth;
+    DType smooth_dtype;
+    float shift;
+    const uint16_t* proj_down;
+    bool factors_aligned;
+    int rank;
+    int8_t* codes;
+    float* ascales;
+    float* lora_act;
+    int slots;               // of each warp
+    bool partials_separate;  // low-rank sums do not go where x was, because further sweeps need it
+};
+
+template <int kElementBytes, int kTokens>
+constexpr int kSlotBytes = kTokens * kGroupSize * kElementBytes + kReciprocalBytes;
+
+// A warp's low-rank sums of one sweep; they fit where a slot keeps its 16-bit x.
+template <int kTokens>
+constexpr int kPartialBytes = kTokens * kRankTiles * 16 * 4;
+
+// One 64-group of kTokens tokens in shared memory. 16-byte pieces of a row are permuted, so that the eight rows that a
+// warp reads at once lie in different banks. Behind them 1 / smooth in published order, 0 for padding.
+template <class Element, int kTokens>
+struct Slot {
+    static constexpr int kRowBytes = kGroupSize * sizeof(Element), kPieces = kRowBytes / 16;
+    char* data;
+
+    __device__ char* piece(int row, int index) const {
+        return data + row * kRowBytes + (index ^ row % 8 * static_cast<int>(sizeof(Element) / 2)) * 16;
+    }
+    __device__ float* reciprocals() const { return reinterpret_cast<float*>(data + kTokens * kRowBytes); }
+};
+
+// What a lane holds of 8 tokens x 64 channels: of token lane / 4 the channels 8 b + 2 (lane % 4) + {0, 1}, b = 0 .. 7.
+// For 16-bit types these are the B fragments of four m16n8k16 products.
+template <class Element>
+struct Fragment {
+    uint32_t words[8];
+
+    template <int kTokens>
+    __device__ Fragment(Slot<Element, kTokens> slot, int tile) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t matrices[4];
+            ptx::ldmatrix_x4(matrices, ptx::shared_address(slot.piece(tile * 8 + lane % 8, half * 4 + lane / 8)));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) words[half * 4 + i] = matrices[i];
+        }
+    }
+    __device__ float2 pair(int b) const {
+        if constexpr (std::is_same_v<Element, BF16>)
+            return {__uint_as_float(words[b] << 16), __uint_as_float(words[b] & 0xffff0000u)};
+        else
+            return __half22float2(reinterpret_cast<const __half2&>(words[b]));
+    }
+};
+
+template <>
+struct Fragment<float> {
+    float2 pairs[8];
+
+    template <int kTokens>
+    __device__ Fragment(Slot<float, kTokens> slot, int tile) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int b = 0; b < 8; ++b)
+            pairs[b] =
+                *reinterpret_cast<const float2*>(slot.piece(tile * 8 + lane / 4, b * 2 + lane % 4 / 2) + lane % 2 * 8);
+    }
+    __device__ float2 pair(int b) const { return pairs[b]; }
+};
+
+// 1 / smooth of the channels of a Fragment: published order keeps the four of a 16-block together.
+struct Reciprocals {
+    float4 blocks[4];
+
+    template <class Element, int kTokens>
+    __device__ explicit Reciprocals(Slot<Element, kTokens> slot) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            blocks[i] = reinterpret_cast<const float4*>(slot.reciprocals())[i * 4 + threadIdx.x % 4];
+    }
+    __device__ float2 pair(int b) const {
+        return b % 2 ? make_float2(blocks[b / 2].z, blocks[b / 2].w) : make_float2(blocks[b / 2].x, blocks[b / 2].y);
+    }
+};
+
+// A fragments of a 64-group; zeros for tiles beyond the rank.
+struct Factors {
+    uint32_t a[4][kRankTiles][4];
+
+    __device__ Factors(const Parameters& p, int group, int first_tile) {
+        const int lane = threadIdx.x % 32, tiles = p.rank / 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int tile = 0; tile < kRankTiles; ++tile) {
+                uint4 words{};
+                if (first_tile + tile < tiles) {
+                    const int64_t index = int64_t{group * 4 + i} * tiles + first_tile + tile;
+                    words = load(p.proj_down + index * 256 + lane * 8, p.factors_aligned);
+                }
+                // Published order has the two k halves of a row together, the instruction the two rows of a k half.
+                a[i][tile][0] = words.x, a[i][tile][1] = words.z, a[i][tile][2] = words.y, a[i][tile][3] = words.w;
+            }
+        }
+    }
+
+private:
+    static __device__ uint4 load(const uint16_t* source, bool aligned) {
+        if (aligned) return __ldg(reinterpret_cast<const uint4*>(source));
+        const auto word = [&](int i) {
+            return __ldg(source + 2 * i) | static_cast<uint32_t>(__ldg(source + 2 * i + 1)) << 16;
+        };
+        return {word(0), word(1), word(2), word(3)};
+    }
+};
+struct NoFactors {};
+
+__device__ __forceinline__ float smoothed(float x, float shift, float reciprocal) {
+    return __fmul_rn(__fadd_rn(x, shift), reciprocal);
+}
+
+// From the maximum of a token, as bits: numerics.md, "w4a8".
+struct TokenScale {
+    float inverse;     // 127 / maximum
+    uint32_t keep;     // all ones, or zero where all codes are 0
+    float activation;  // what a code is worth
+
+    __device__ explicit TokenScale(uint32_t maximum_bits) {
+        constexpr uint32_t kInfinity = 0x7f800000u;
+        const float maximum = __uint_as_float(maximum_bits);
+        inverse = __fdiv_rn(127.0f, maximum);
+        const bool finite = maximum_bits < kInfinity, usable = finite && __float_as_uint(inverse) != kInfinity;
+        keep = usable ? ~0u : 0u;
+        activation = usable ? __fdiv_rn(maximum, 127.0f) : finite ? 1.0f : __uint_as_float(0x7fc00000u);
+    }
+};
+
+// A code in the low byte. In [2^23, 2^24) the spacing is 1: adding 1.5 * 2^23 rounds to an integer, half to even.
+__device__ __forceinline__ uint32_t rounded(float t, float inverse) {
+    return __float_as_uint(__fadd_rn(__fmul_rn(t, inverse), 12582912.0f));
+}
+
+__device__ __forceinline__ uint32_t low_bytes(const uint32_t (&words)[4]) {
+    return __byte_perm(__byte_perm(words[0], words[1], 0x0040), __byte_perm(words[2], words[3], 0x0040), 0x5410);
+}
+
+// The 16 code bytes of a token that the lane with lane % 4 = u stores at byte 16 u of the 64-group, from the codes of
+// its Fragment. w4a8_code_position alternates channels of two lanes, u and u ^ 2; the lower takes channels 0 .. 31.
+__device__ __forceinline__ uint4 permuted_codes(const uint32_t (&codes)[8][2]) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        packed[i] = low_bytes({codes[2 * i][0], codes[2 * i][1], codes[2 * i + 1][0], codes[2 * i + 1][1]});
+    const bool upper = threadIdx.x & 2;
+    const uint32_t even = upper ? 0x1504 : 0x5140, odd = upper ? 0x3726 : 0x7362;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t own = upper ? packed[2 + i] : packed[i];
+        const uint32_t other = __shfl_xor_sync(~0u, upper ? packed[i] : packed[2 + i], 2);
+        words[2 * i] = __byte_perm(own, other, even);
+        words[2 * i + 1] = __byte_perm(own, other, odd);
+    }
+    return {words[0], words[1], words[2], words[3]};
+}
+
+// Fewer unfinished copies than allowed are always right.
+__device__ __forceinline__ void wait_until_pending(int allowed) {
+    switch (allowed) {
+        case 0:
+            return ptx::wait_for_copies<0>();
+        case 1:
+            return ptx::wait_for_copies<1>();
+        case 2:
+            return ptx::wait_for_copies<2>();
+        case 3:
+            return ptx::wait_for_copies<3>();
+        default:
+            return ptx::wait_for_copies<4>();
+    }
+}
+
+// One warp's share of a team's tokens.
+template <class Element, int kTokens, class Team>
+class Worker {
+public:
+    using TokenSlot = Slot<Element, kTokens>;
+
+    __device__ Worker(const Parameters& p, char* shared)
+        : p_(p),
+          first_(static_cast<int64_t>(blockIdx.x / Team::size()) * kTokens),
+          worker_(static_cast<int>(Team::rank()) * kWarps + static_cast<int>(threadIdx.x) / 32),
+          workers_(static_cast<int>(Team::size()) * kWarps),
+          count_((p.groups - worker_ + workers_ - 1) / workers_),
+          slots_(shared + threadIdx.x / 32 * p.slots * kSlotBytes<sizeof(Element), kTokens>) {}
+
+    __device__ int64_t first_token() const { return first_; }
+
+    // Begins the copies of the first groups.
+    __device__ void start() {
+        for (int i = 0; i < p_.slots; ++i) {
+            if (i < count_) fetch(i);
+            ptx::commit_copies();
+        }
+        for (int i = 0; i < min(p_.slots, count_); ++i) prepare(i);
+    }
+
+    // Visits every group with visit(prefetched, group, slot), prefetched = prefetch(group) before x has arrived.
+    template <class Prefetch, class Visit>
+    __device__ void sweep(bool forward, Prefetch prefetch, Visit visit) {
+        for (int n = 0; n < count_; ++n) {
+            const int i = forward ? n : count_ - 1 - n;
+            const auto prefetched = prefetch(group(i));
+            wait_until_pending(p_.slots - 1);
+            __syncwarp();
+            visit(prefetched, group(i), slot(i));
+            __syncwarp();
+            const int next = forward ? i + p_.slots : i - p_.slots;
+            if (0 <= next && next < count_) {
+                fetch(next);
+                prepare(next);
+            }
+            ptx::commit_copies();
+        }
+    }
+
+private:
+    __device__ int group(int i) const { return worker_ + i * workers_; }
+    __device__ TokenSlot slot(int i) const { return {slots_ + i % p_.slots * kSlotBytes<sizeof(Element), kTokens>}; }
+
+    __device__ void fetch(int i) {
+        if (p_.x_aligned)
+            copy_pieces(slot(i), group(i));
+        else
+            copy_elements(slot(i), group(i));
+    }
+
+    __device__ void copy_pieces(TokenSlot slot, int group) {
+        constexpr int kRows = 32 / TokenSlot::kPieces, kElements = 16 / sizeof(Element);
+        const int lane = threadIdx.x % 32, index = lane % TokenSlot::kPieces, row = lane / TokenSlot::kPieces;
+        const int64_t k = int64_t{group} * kGroupSize + index * kElements;
+        const char* source = p_.x + (first_ + row) * p_.row_bytes + k * static_cast<int64_t>(sizeof(Element));
+#pragma unroll
+        for (int i = 0; i < kTokens; i += kRows) {
+            const bool valid = k < p_.channels && first_ + row + i < p_.tokens;
+            ptx::copy_16(ptx::shared_address(slot.piece(row + i, index)), valid ? source : p_.x, valid);
+            source += kRows * p_.row_bytes;
+        }
+    }
+
+    __device__ void copy_elements(TokenSlot slot, int group) {
+        using Bits = std::conditional_t<sizeof(Element) == 2, uint16_t, uint32_t>;
+        constexpr int kElements = 16 / sizeof(Element);
+        for (int column = threadIdx.x % 32; column < kGroupSize; column += 32) {
+            const int64_t k = int64_t{group} * kGroupSize + column;
+#pragma unroll 8
+            for (int row = 0; row < kTokens; ++row) {
+                const bool valid = k < p_.channels && first_ + row < p_.tokens;
+                const Bits* source = reinterpret_cast<const Bits*>(p_.x + (first_ + row) * p_.row_bytes) + k;
+                reinterpret_cast<Bits*>(slot.piece(row, column / kElements))[column % kElements] =
+                    valid ? *source : Bits{0};
+            }
+        }
+    }
+
+    __device__ void prepare(int i) {
+        float2 pair;
+        const int position = threadIdx.x % 32 * 2;  // published order: two neighbours stay neighbours
+        const int64_t k =
+            int64_t{group(i)} * kGroupSize + position / 16 * 16 + position % 16 / 4 * 2 + position % 4 / 2 * 8;
+        pair.x = k < p_.channels ? reciprocal(int64_t{group(i)} * kGroupSize + position) : 0.0f;
+        pair.y = k + 1 < p_.channels ? reciprocal(int64_t{group(i)} * kGroupSize + position + 1) : 0.0f;
+        reinterpret_cast<float2*>(slot(i).reciprocals())[threadIdx.x % 32] = pair;
+    }
+
+    __device__ float reciprocal(int64_t position) const {
+        return p_.smooth ? __fdiv_rn(1.0f, load_float(p_.smooth, p_.smooth_dtype, position)) : 1.0f;
+    }
+
+    const Parameters& p_;
+    const int64_t first_;
+    const int worker_, workers_, count_;
+    char* const slots_;
+};
+
+// A team's fp32 sums of kRankTiles tiles, added over its warps in a fixed order, to lora_act. `partials` are those of
+// this CTA's first warp, as accumulators of mma lanes; those of the next one are `stride` bytes on.
+template <int kTokens, class Team>
+__device__ void add_partials(const Parameters& p, const char* partials, int stride, int first_tile,
+                             int64_t first_token) {
+    const int share = kTokens * kRankTiles * 4 / static_cast<int>(Team::size());
+    const int index = static_cast<int>(Team::rank()) * share + static_cast<int>(threadIdx.x);
+    const int lane = index % 32, tile = first_tile + index / 32 % kRankTiles;
+    if (static_cast<int>(threadIdx.x) >= share || tile * 16 >= p.rank) return;
+    float4 sum{};
+    for (uint32_t cta = 0; cta < Team::size(); ++cta) {
+#pragma unroll
+        for (int warp = 0; warp < kWarps; ++warp) {
+            const float4 part = Team::load(partials + warp * stride + index * 16, cta);
+            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+    }
+    const int64_t token = first_token + index / 32 / kRankTiles * 8 + lane % 4 * 2;
+    float* out = p.lora_act + token * p.rank + tile * 16 + lane / 4;
+    if (token < p.tokens) out[0] = sum.x, out[8] = sum.z;
+    if (token + 1 < p.tokens) out[p.rank] = sum.y, out[p.rank + 8] = sum.w;
+}
+
+template <class Element, int kTokens, bool low_rank, class Team>
+__global__ void __launch_bounds__(kThreads, 2) quantize_tokens(const __grid_constant__ Parameters p) {
+    static_assert(kTokens % 8 == 0 && kTokens <= 32, "mma tiles of 8 tokens; one word per token in kMaximaBytes");
+    static_assert(!low_rank || sizeof(Element) == 2, "tensor cores multiply 16-bit factors");
+    constexpr int kTiles = kTokens / 8;
+    using TokenSlot = Slot<Element, kTokens>;
+    using Prefetched = std::conditional_t<low_rank, Factors, NoFactors>;
+
+    extern __shared__ __align__(128) char shared[];
+    uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared);  // bits of max |t|: magnitudes compare like integers
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Worker<Element, kTokens, Team> worker(p, shared + kMaximaBytes);
+
+    worker.start();
+    if (threadIdx.x < kTokens) maxima[threadIdx.x] = 0;
+    Team::arrive();
+
+    float sums[kTiles][kRankTiles][4] = {};
+    const auto factors_from = [&](int first_tile) {
+        return [&p, first_tile](int group) {
+            if constexpr (low_rank)
+                return Factors(p, group, first_tile);
+            else
+                return NoFactors{};
+        };
+    };
+    const auto multiply = [&](const Prefetched& factors, const Fragment<Element>& x, int tile) {
+        if constexpr (low_rank) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int ranks = 0; ranks < kRankTiles; ++ranks)
+                    ptx::mma_16<std::is_same_v<Element, BF16>>(sums[tile][ranks], factors.a[i][ranks], x.words[2 * i],
+                                                               x.words[2 * i + 1]);
+        }
+    };
+
+    float largest[kTiles] = {};
+    worker.sweep(true, factors_from(0), [&](const Prefetched& factors, int, TokenSlot slot) {
+        const Reciprocals reciprocals(slot);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            const Fragment<Element> x(slot, tile);
+            multiply(factors, x, tile);
+#pragma unroll
+            for (int b = 0; b < 8; ++b) {
+                const float2 pair = x.pair(b), reciprocal = reciprocals.pair(b);
+                largest[tile] = ptx::max_magnitude(largest[tile], smoothed(pair.x, p.shift, reciprocal.x));
+                largest[tile] = ptx::max_magnitude(largest[tile], smoothed(pair.y, p.shift, reciprocal.y));
+            }
+        }
+    });
+
+    Team::wait();  // every CTA of the team has set its maxima to zero
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t bits = __float_as_uint(largest[tile]);
+        bits = max(bits, __shfl_xor_sync(~0u, bits, 1));
+        bits = max(bits, __shfl_xor_sync(~0u, bits, 2));
+        if (lane % 4 == tile % 4) Team::raise(maxima + tile * 8 + lane / 4, bits);
+    }
+    Team::arrive();
+    Team::wait();
+
+    if (Team::rank() == 0 && threadIdx.x < kTokens && worker.first_token() + threadIdx.x < p.tokens)
+        p.ascales[worker.first_token() + threadIdx.x] = TokenScale(maxima[threadIdx.x]).activation;
+    float inverse[kTiles];
+    uint32_t keep[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        const TokenScale scale(maxima[tile * 8 + lane / 4]);
+        inverse[tile] = scale.inverse, keep[tile] = scale.keep;
+    }
+    const auto nothing = [](int) { return NoFactors{}; };
+    worker.sweep(false, nothing, [&](NoFactors, int group, TokenSlot slot) {
+        const Reciprocals reciprocals(slot);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            const Fragment<Element> x(slot, tile);
+            uint32_t codes[8][2];
+#pragma unroll
+            for (int b = 0; b < 8; ++b) {
+                const float2 pair = x.pair(b), reciprocal = reciprocals.pair(b);
+                codes[b][0] = rounded(smoothed(pair.x, p.shift, reciprocal.x), inverse[tile]);
+                codes[b][1] = rounded(smoothed(pair.y, p.shift, reciprocal.y), inverse[tile]);
+            }
+            uint4 bytes = permuted_codes(codes);
+            bytes.x &= keep[tile], bytes.y &= keep[tile], bytes.z &= keep[tile], bytes.w &= keep[tile];
+            const int64_t token = worker.first_token() + tile * 8 + lane / 4;
+            if (token < p.tokens)
+                *reinterpret_cast<uint4*>(p.codes + (token * p.groups + group) * kGroupSize + lane % 4 * 16) = bytes;
+        }
+    });
+
+    if constexpr (low_rank) {
+        const int slots_bytes = p.slots * kSlotBytes<sizeof(Element), kTokens>;
+        char* const partials = shared + kMaximaBytes + (p.partials_separate ? kWarps * slots_bytes : 0);
+        const int stride = p.partials_separate ? kPartialBytes<kTokens> : slots_bytes;
+        bool forward = true;
+        for (int first_tile = 0;;) {
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+                for (int ranks = 0; ranks < kRankTiles; ++ranks) {
+                    float (&d)[4] = sums[tile][ranks];
+                    reinterpret_cast<float4*>(partials + warp * stride)[(tile * kRankTiles + ranks) * 32 + lane] = {
+                        d[0], d[1], d[2], d[3]};
+                    d[0] = d[1] = d[2] = d[3] = 0;
+                }
+            Team::arrive();
+            Team::wait();
+            add_partials<kTokens, Team>(p, partials, stride, first_tile, worker.first_token());
+            Team::arrive();  // partials may be overwritten, or the CTA may end, once all have read them
+            Team::wait();
+            first_tile += kRankTiles;
+            if (first_tile * 16 >= p.rank) break;
+            worker.sweep(forward, factors_from(first_tile), [&](const Prefetched& factors, int, TokenSlot slot) {
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) multiply(factors, Fragment<Element>(slot, tile), tile);
+            });
+            forward = !forward;
+        }
+    }
+}
+
+// How a device's CTAs share the work: as large a tile of tokens as leaves no multiprocessor idle (each tile reads the
+// whole low-rank factor through L2), in clusters large enough that two CTAs per multiprocessor hold all of x.
+struct Plan {
+    int tokens, team, slots;
+    bool resident;
+    size_t shared_bytes;
+    int64_t ctas;
+};
+
+inline int device_attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+inline Plan plan_for(int tokens_per_tile, int largest_team, const QuantizeArguments& a) {
+    constexpr int kReservedBytes = 1024;  // of every CTA
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+    const int element_bytes = static_cast<int>(size_of(static_cast<DType>(a.x.dtype)));
+    const int slot_bytes = tokens_per_tile * kGroupSize * element_bytes + kReciprocalBytes;
+    const int partial_bytes = a.rank > kRankTiles * 16 ? tokens_per_tile * kRankTiles * 16 * 4 : 0;
+    const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - kReservedBytes - kMaximaBytes;
+    const int slots = std::max(1, (room / kWarps - partial_bytes) / slot_bytes);
+    const int64_t groups = a.padded_k / kGroupSize, tiles = (a.tokens + tokens_per_tile - 1) / tokens_per_tile;
+    const auto per_warp = [&](int team) { return static_cast<int>((groups + team * kWarps - 1) / (team * kWarps)); };
+    int team = 1;
+    while (team < largest_team && team * kWarps < groups && (per_warp(team) > slots || tiles * team < processors))
+        team *= 2;
+    Plan plan{tokens_per_tile, team, std::min(slots, per_warp(team)), per_warp(team) <= slots, 0, tiles * team};
+    plan.shared_bytes = kMaximaBytes + static_cast<size_t>(kWarps) * (plan.slots * slot_bytes + partial_bytes);
+    return plan;
+}
+
+inline Plan plan(int largest_team, const QuantizeArguments& a) {
+    constexpr int kOverlappingSlots = 3;  // copies that run ahead, where x does not fit
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+    Plan streamed{};
+    for (const int tokens : {32, 24}) {
+        const Plan candidate = plan_for(tokens, largest_team, a);
+        if (candidate.ctas < processors) continue;
+        if (candidate.resident) return candidate;
+        if (!streamed.tokens && candidate.slots >= kOverlappingSlots) streamed = candidate;
+    }
+    return streamed.tokens ? streamed : plan_for(8, largest_team, a);
+}
+
+template <class Element, bool low_rank, class Team>
+void launch_tile(const Plan& plan, const Parameters& p, cudaStream_t stream) {
+    const auto run = [&](auto kernel) {
+        launch_clusters(plan.team, kernel, dim3(static_cast<unsigned>(plan.ctas)), dim3(kThreads), plan.shared_bytes,
+                        stream, "w4a8_quantize", p);
+    };
+    switch (plan.tokens) {
+        case 32:
+            return run(quantize_tokens<Element, 32, low_rank, Team>);
+        case 24:
+            return run(quantize_tokens<Element, 24, low_rank, Team>);
+        default:
+            return run(quantize_tokens<Element, 8, low_rank, Team>);
+    }
+}
+
+template <class Team>
+void run(const QuantizeArguments& a, cudaStream_t stream) {
+    const DType dtype = static_cast<DType>(a.x.dtype);
+    const size_t element_bytes = size_of(dtype);
+    require(!a.rank || (a.proj_down.dtype == a.x.dtype && dtype != DType::f32), "proj_down_dtype",
+            "the 16-bit dtype of x", a.proj_down.dtype);
+    const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
+    require(aligned(a.codes), "codes", "an address that is a multiple of 16, remainder 0",
+            reinterpret_cast<uintptr_t>(a.codes) % 16);
+    const int64_t row_bytes = a.tokens > 1 ? a.stride * static_cast<int64_t>(element_bytes) : 0;
+    Parameters p{};
+    p.x = static_cast<const char*>(a.x.data);
+    p.tokens = a.tokens, p.channels = a.channels, p.row_bytes = row_bytes;
+    p.x_aligned = aligned(a.x.data) && row_bytes % 16 == 0 && a.channels * element_bytes % 16 == 0;
+    p.groups = static_cast<int>(a.padded_k / kGroupSize);
+    p.smooth = a.smooth.data, p.smooth_dtype = static_cast<DType>(a.smooth.dtype);
+    p.shift = a.shift;
+    p.proj_down = static_cast<const uint16_t*>(a.proj_down.data);
+    p.factors_aligned = aligned(a.proj_down.data);
+    p.rank = static_cast<int>(a.rank);
+    p.codes = a.codes, p.ascales = a.ascales, p.lora_act = a.lora_act;
+    const Plan chosen = plan(Team::kLargest, a);
+    p.slots = chosen.slots;
+    p.partials_separate = p.rank > kRankTiles * 16;
+    if (dtype == DType::f32) return launch_tile<float, false, Team>(chosen, p, stream);
+    if (dtype == DType::f16)
+        return a.rank ? launch_tile<F16, true, Team>(chosen, p, stream)
+                      : launch_tile<F16, false, Team>(chosen, p, stream);
+    return a.rank ? launch_tile<BF16, true, Team>(chosen, p, stream)
+                  : launch_tile<BF16, false, Team>(chosen, p, stream);
+}
+
+}  // namespace nk::cuda::quantize
