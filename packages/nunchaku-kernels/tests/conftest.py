@@ -11,9 +11,18 @@ import torch
 from safetensors import safe_open
 
 from nunchaku_kernels.formats import SVDQWeights
+from nunchaku_kernels.ops import _native
 
 GOLDEN_VARIABLE = "NUNCHAKU_GOLDEN"
 REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of CUDA kernels are skipped, saying why, where there are none."""
+    if item.get_closest_marker("cuda"):
+        missing = _native.missing_cuda_kernels(0) if torch.cuda.is_available() else "no CUDA device"
+        if missing:
+            pytest.skip(missing)
 
 
 class Golden(NamedTuple):
