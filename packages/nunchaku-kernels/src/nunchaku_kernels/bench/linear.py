@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from nunchaku_kernels.bench.report import Row
 from nunchaku_kernels.bench.timing import interleaved_medians
+from nunchaku_kernels.formats import padded_groups
 from nunchaku_kernels.ops._native import ISA_VARIABLE, extension
 
 RANK = 32
@@ -20,32 +21,70 @@ ROTATED_BYTES = 256 * 2**20
 Call = Callable[[], object]
 
 
-def w4a8_call(x: torch.Tensor, out_features: int) -> Call:
-    """A W4A8 linear (rank 32, bias) on random published tensors."""
-    operators, width = torch.ops.nunchaku_kernels, x.shape[1]
-    qweight = torch.randint(-128, 128, (out_features, width // 2), dtype=torch.int8)
-    wscales = torch.rand(width // 64, out_features).add(0.1).to(x.dtype)
-    smooth, down = torch.rand(width).add(0.5).to(x.dtype), torch.randn(width, RANK).to(x.dtype)
-    up, bias = torch.randn(out_features, RANK).to(x.dtype), torch.randn(out_features).to(x.dtype)
-    folded = operators.w4a8_fold_scales(qweight, wscales)
+class W4A8Layer:
+    """A random W4A8 linear with bias; its entries are independent, so that published and natural order are the same."""
 
-    def call() -> object:
-        quantized = operators.w4a8_quantize(x, smooth, 0.0, down)
-        return operators.w4a8_linear(
-            *quantized, qweight, *folded, up, None, None, bias, out_features=out_features, out_dtype=x.dtype
+    def __init__(
+        self, width: int, out_features: int, dtype: torch.dtype, device: torch.device, *, rank: int = RANK
+    ) -> None:
+        self.out_features, self.dtype = out_features, dtype
+        normal = partial(torch.randn, device=device)
+        self.qweight = _random_qweight(out_features, width // 2, device)
+        wscales = normal(width // 64, out_features).mul(0.3).exp().mul(0.01).to(dtype)
+        self.folded = torch.ops.nunchaku_kernels.w4a8_fold_scales(self.qweight, wscales)
+        self.smooth = normal(width).mul(0.3).exp().to(dtype)
+        self.down, self.up = (normal(n, rank).mul(0.1).to(dtype) if rank else None for n in (width, out_features))
+        self.bias = normal(out_features).to(dtype)
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The first half."""
+        result: tuple[torch.Tensor, ...] = torch.ops.nunchaku_kernels.w4a8_quantize(x, self.smooth, 0.0, self.down)
+        return result
+
+    def product(self, quantized: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The second half of a layer without a branch, and without its bias."""
+        return self._linear(quantized, None, None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(self.quantize(x), self.up, self.bias)
+
+    def _linear(
+        self, quantized: tuple[torch.Tensor, ...], up: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.nunchaku_kernels.w4a8_linear(
+            *quantized, self.qweight, *self.folded, up, None, None, bias, out_features=self.out_features,
+            out_dtype=self.dtype,
+        )  # fmt: skip
+        return result
+
+
+class W4A16Layer:
+    """A random W4A16 linear with bias."""
+
+    def __init__(
+        self, width: int, out_features: int, dtype: torch.dtype, device: torch.device, *, group_size: int = 64
+    ) -> None:
+        groups = padded_groups(width // group_size, group_size)
+        self.group_size = group_size
+        self.qweight = _random_qweight(out_features // 4, 2 * width, device).view(torch.int32)
+        self.wscales = torch.randn(groups, out_features, device=device).mul(0.3).exp().mul(0.01).to(dtype)
+        self.wzeros = -7 * self.wscales
+        self.bias = torch.randn(out_features, device=device).to(dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.nunchaku_kernels.w4a16_linear(
+            x, self.qweight, self.wscales, self.wzeros, self.bias, self.group_size
         )
+        return result
 
-    return call
 
-
-def w4a16_call(x: torch.Tensor, out_features: int) -> Call:
-    """A W4A16 linear (group 64, bias) on random published tensors."""
-    width = x.shape[1]
-    qweight = torch.randint(-(2**31), 2**31, (out_features // 4, width // 2), dtype=torch.int32)
-    groups = (width // 64 + 15) // 16 * 16
-    wscales, bias = torch.rand(groups, out_features).to(x.dtype), torch.randn(out_features).to(x.dtype)
-    wzeros = -7 * wscales
-    return lambda: torch.ops.nunchaku_kernels.w4a16_linear(x, qweight, wscales, wzeros, bias, 64)
+def _random_qweight(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """int8 of two codes each: normal on a GPU, whose power depends on them; uniform on the CPU, where normal ones would
+    take longer to make than to measure."""
+    if device.type == "cpu":
+        return torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    codes = torch.randn(2, rows, columns, device=device).mul_(2.7).round_().clamp_(-8, 7).to(torch.int8)
+    return codes[0] & 15 | codes[1] << 4
 
 
 def bench_linear(
@@ -90,10 +129,11 @@ def _one(
             torch.randn(out_features, width).to(dtype) for _ in range(_copies(width * out_features, dtype.itemsize))
         ]
         rivals[name] = [partial(linear, x.to(dtype), weight) for weight in weights]
-    for name, make in (("w4a8", w4a8_call), ("w4a16", w4a16_call)):
-        calls = [make(x, out_features) for _ in range(_copies(width * out_features, 0.5))]
+    for name, kind in (("w4a8", W4A8Layer), ("w4a16", W4A16Layer)):
+        copies = range(_copies(width * out_features, 0.5))
+        calls = [partial(kind(width, out_features, x.dtype, x.device), x) for _ in copies]
         for isa in isas:
-            rivals[f"{name}@{isa}" if isa else name] = [partial(_forced, isa, call) for call in calls]
+            rivals[f"{name}@{isa}" if isa else name] = [partial(forced, ISA_VARIABLE, isa, call) for call in calls]
     medians = interleaved_medians(rivals, seconds=seconds, clock=clock)
     for name, median in medians.items():
         yield Row(
@@ -109,20 +149,21 @@ def _copies(elements: int, bytes_each: float) -> int:
     return max(2, -(-ROTATED_BYTES // int(elements * bytes_each)))
 
 
-def _forced(isa: str, call: Call) -> object:
-    with _environment(isa):
+def forced(variable: str, isa: str, call: Call) -> object:
+    """`call` with the kernels that an environment variable asks for; as it is for an empty name."""
+    with _environment(variable, isa):
         return call()
 
 
 @contextmanager
-def _environment(isa: str) -> Iterator[None]:
-    before = os.environ.get(ISA_VARIABLE)
+def _environment(variable: str, isa: str) -> Iterator[None]:
+    before = os.environ.get(variable)
     if isa:
-        os.environ[ISA_VARIABLE] = isa
+        os.environ[variable] = isa
     try:
         yield
     finally:
         if isa:
-            os.environ.pop(ISA_VARIABLE)
+            os.environ.pop(variable)
             if before is not None:
-                os.environ[ISA_VARIABLE] = before
+                os.environ[variable] = before

@@ -16,8 +16,12 @@ Measure, and say what against: ratios above 1 are better than the named baseline
 LINEAR = """\
 Measure 4-bit operators on this machine against torch's own, in one process, taking turns.
 
+On a GPU each row is timed twice: "sustained", back to back at the power limit, and "burst", one call on a rested GPU;
+rivals are torch in bf16 and fp8; the default shapes are those of FLUX and T5, and take about two minutes.
+
   nunchaku bench linear
   nunchaku bench linear --tokens 1 512 --shape 3072x9216 --isa avx2 avx512vnni --json
+  nunchaku bench linear --device cuda --json
 """
 
 QUANTIZER = """\
@@ -38,15 +42,20 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure this machine", description=DESCRIPTION, formatter_class=raw)
     kinds = parser.add_subparsers(title="what to measure", metavar="<what>", required=True)
 
-    linear = kinds.add_parser("linear", help="one layer, CPU", description=LINEAR, formatter_class=raw)
-    linear.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 96, 512], metavar="M", help="rows of x")
-    linear.add_argument("--shape", nargs="+", default=["3072x9216"], metavar="KxN", help="input x output channels")
-    linear.add_argument("--isa", nargs="+", default=[], help="instruction sets to force (default: the best)")
-    linear.add_argument("--threads", type=int, help="threads (default: torch's choice)")
-    linear.add_argument("--seconds", type=float, default=2.0, help="measuring time per shape and M (2)")
+    linear = kinds.add_parser("linear", help="one layer", description=LINEAR, formatter_class=raw)
+    linear.add_argument("--device", default="cpu", help="torch device (cpu)")
+    linear.add_argument("--tokens", type=int, nargs="+", metavar="M", help="rows of x (1 16 96 512; on a GPU 4608)")
     linear.add_argument(
-        "--clock", choices=["elapsed", "cpu"], default="elapsed", help="cpu: processor time, for a busy machine"
+        "--shape", nargs="+", metavar="KxN", help="input x output channels (3072x9216; on a GPU FLUX's, and T5's)"
     )
+    linear.add_argument(
+        "--isa", nargs="+", help="instruction sets to force (default: the best; on a GPU also every other kernel set)"
+    )
+    linear.add_argument(
+        "--seconds", type=float, help="measuring time per shape and M (2; on a GPU per rival and round, 0.12)"
+    )
+    linear.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    linear.add_argument("--clock", choices=["elapsed", "cpu"], help="cpu: processor time, for a busy machine (elapsed)")
     linear.set_defaults(run=run_linear)
 
     quantizer = kinds.add_parser(
@@ -75,18 +84,55 @@ def register(subparsers: Any) -> None:
 
 def run_linear(args: argparse.Namespace) -> int:
     """Measure and print."""
-    shapes = [parse_shape(text) for text in args.shape]
-    if min(args.tokens) < 1 or (args.threads is not None and args.threads < 1):
+    shapes = [parse_shape(text) for text in args.shape or []]
+    if min(args.tokens or [1]) < 1 or (args.threads is not None and args.threads < 1):
         raise ValueError("--tokens and --threads must be at least 1")
+    if args.seconds is not None and not args.seconds > 0:
+        raise ValueError(f"--seconds must be above 0, got {args.seconds}")
 
     import torch
 
+    if torch.device(args.device).type != "cpu":
+        return _run_linear_cuda(args, shapes)
     from nunchaku_kernels.bench.linear import bench_linear
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    return _print(bench_linear(args.tokens, shapes, isas=args.isa, seconds=args.seconds, clock=clock), args.json)
+    rows = bench_linear(
+        args.tokens or [1, 16, 96, 512],
+        shapes or [(3072, 9216)],
+        isas=args.isa or [],
+        seconds=args.seconds or 2.0,
+        clock=time.process_time if args.clock == "cpu" else time.perf_counter,
+    )
+    return _print(rows, args.json)
+
+
+def _run_linear_cuda(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> int:
+    """Measure, with progress on stderr, and print."""
+    if args.threads is not None or args.clock is not None:
+        raise ValueError("--threads and --clock are for the CPU; a GPU times itself")
+
+    from tqdm import tqdm
+
+    from nunchaku_kernels.bench.linear_cuda import SECONDS, SHAPES, TOKENS, WEIGHT_ONLY, bench_linear_cuda
+
+    with tqdm(unit="layer", delay=1) as bar:
+
+        def on_step(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        rows = bench_linear_cuda(
+            args.tokens or TOKENS,
+            shapes or SHAPES,
+            weight_only=() if args.tokens or shapes else WEIGHT_ONLY,
+            isas=args.isa,
+            seconds=args.seconds or SECONDS,
+            device=args.device,
+            on_step=on_step,
+        )
+        return _print(rows, args.json)
 
 
 def run_quantizer(args: argparse.Namespace) -> int:
