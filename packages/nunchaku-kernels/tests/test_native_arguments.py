@@ -16,8 +16,8 @@ BUFFER = torch.zeros(1 << 16)
 A = BUFFER.data_ptr()
 
 FOLD: dict[str, Any] = {
-    "qweight": A, "wscales": A, "wscales_dtype": 0, "Np": 128, "Kp": 64, "row_scales": A, "multipliers": A, "threads": 1,
-    "isa": "",
+    "qweight": A, "wscales": A, "wscales_dtype": 0, "Np": 128, "Kp": 64, "row_scales": A, "multipliers": A,
+    "threads": 1, "isa": "",
 }  # fmt: skip
 QUANTIZE: dict[str, Any] = {
     "x": A, "x_dtype": 0, "M": 1, "K": 64, "x_stride": 64, "Kp": 64, "smooth": 0, "smooth_dtype": 0, "shift": 0.0,

@@ -47,13 +47,13 @@ def random_scales(n: int, k: int, dtype: torch.dtype, generator: torch.Generator
     return (torch.randn(n, k // 64, generator=generator) * 2).exp().mul(0.01).to(dtype)
 
 
-def fold(codes: torch.Tensor, scales: torch.Tensor, threads: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def fold(codes: torch.Tensor, scales: torch.Tensor, isa: str, threads: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = codes.shape
     row_scales, multipliers = torch.empty(n), torch.empty(n, k // 64, dtype=torch.int16)
     qweight, wscales = pack_qweight(codes), pack_wscales(scales)
     _C.w4a8_fold_scales(
         address(qweight), address(wscales), code(wscales), n, k, address(row_scales), address(multipliers), threads,
-        "",
+        isa,
     )  # fmt: skip
     return row_scales, multipliers
 
@@ -90,16 +90,37 @@ def accumulate(
     return sums
 
 
+@isas
 @given(seed=seeds, blocks=st.integers(1, 3), groups=st.integers(1, 9), dtype=dtypes)
 @examples
-def test_fold_scales_is_exact(seed: int, blocks: int, groups: int, dtype: torch.dtype) -> None:
+def test_fold_scales_is_exact(isa: str, seed: int, blocks: int, groups: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = random_codes(128 * blocks, 64 * groups, generator)
     scales = random_scales(128 * blocks, 64 * groups, dtype, generator)
-    row_scales, multipliers = fold(codes, scales)
+    row_scales, multipliers = fold(codes, scales, isa)
     expected_rows, expected_multipliers = w4a8.fold_scales(codes, scales)
     assert torch.equal(row_scales, expected_rows)
     assert torch.equal(multipliers, expected_multipliers)
+
+
+@isas
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fold_scales_of_any_magnitude(isa: str, dtype: torch.dtype) -> None:
+    """Largest codes of 0 to 8 under scales of either sign, zero, subnormal and as large as the dtype goes."""
+    generator = torch.Generator().manual_seed(5)
+    largest = torch.randint(0, 9, (256, 8, 1), generator=generator)
+    codes = (largest * torch.randint(-1, 1, (256, 8, 64), generator=generator)).reshape(256, 512).to(torch.int8)
+    extremes = torch.finfo(dtype)
+    values = torch.tensor([0.0, 1.0, extremes.tiny / 4, extremes.tiny, extremes.max, 3.0, 1 / 3, 1e-3]).to(dtype)
+    scales = values[torch.randint(0, 8, (256, 8), generator=generator)]
+    scales *= torch.randint(0, 2, (256, 8), generator=generator) * 2 - 1
+    for one, other in zip(fold(codes, scales, isa), w4a8.fold_scales(codes, scales), strict=True):
+        assert torch.equal(one, other)
+    scales[3, 5], scales[4, 5] = float("nan"), float("inf")
+    codes[3:5] = -8
+    row_scales, multipliers = fold(codes, scales, isa)
+    assert row_scales[3].isnan() and row_scales[4].isinf() and row_scales.isfinite().sum() == 254
+    assert not multipliers[3].any()
 
 
 @isas

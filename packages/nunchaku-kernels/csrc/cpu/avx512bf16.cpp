@@ -6,6 +6,7 @@
 #include "avx512vnni/accumulate_panel.h"
 #include "avx512vnni/awq_lookup.h"
 #include "generic/epilogue.h"
+#include "generic/fold_strip.h"
 #include "generic/matmul.h"
 #include "generic/quantize_token.h"
 
@@ -13,8 +14,9 @@ namespace nk::cpu {
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    "avx512bf16",     to_float_array, from_float_array, matmul,     lowrank_tile, quantize_token,  decode_panel,
-    accumulate_panel, dequantize_row, finish_row,       awq_decode, awq_product,  awq_decode_bf16, matmul_bf16,
+    "avx512bf16", to_float_array, from_float_array, matmul,           lowrank_tile,
+    fold_strip,   quantize_token, decode_panel,     accumulate_panel, dequantize_row,
+    finish_row,   awq_decode,     awq_product,      awq_decode_bf16,  matmul_bf16,
 };
 
 }  // namespace nk::cpu

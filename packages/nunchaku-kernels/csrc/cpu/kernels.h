@@ -45,6 +45,11 @@ struct Kernels {
     // One 16 x 16 tile of a low-rank factor from the published order, transposed: dst[column * ld + row].
     void (*lowrank_tile)(const void* tile, DType dtype, float* dst, size_t ld);
 
+    // Row scales [16] and multipliers [16, groups] of one strip of 16 channels (numerics/w4a8.h), whose codes and group
+    // scales begin at `qweight` and `wscales` in the published order. `scales` and `largest` are scratch for 16 * groups.
+    void (*fold_strip)(const uint8_t* qweight, const void* wscales, DType dtype, size_t groups, float* scales,
+                       uint8_t* largest, float* row_scales, int16_t* multipliers);
+
     // One token to int8 (design: numerics, section w4a8). `reciprocal` is 1 / smooth in natural order, or null; `t` is
     // scratch for `channels` floats. Returns the token's scale.
     float (*quantize_token)(const float* x, size_t channels, float shift, const float* reciprocal, float* t,
