@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -180,6 +181,25 @@ def test_cuda_graphs_replay_with_new_inputs(layer: QuantizedLinear) -> None:
                 x.copy_(randn(m, 256, seed=seed))
                 graph.replay()
                 assert torch.equal(y, layer(x))
+
+
+def test_threads_with_streams_of_their_own(layer: QuantizedLinear) -> None:
+    layer = layer.to(GPU)
+    inputs = [randn(50 + i, 256, seed=i).to(GPU) for i in range(4)]
+    with torch.no_grad():
+        expected = [layer(x) for x in inputs]
+    torch.cuda.synchronize(GPU)
+
+    def work(x: torch.Tensor) -> list[torch.Tensor]:
+        stream = torch.cuda.Stream(GPU)
+        with torch.cuda.stream(stream), torch.no_grad():
+            results = [layer(x) for _ in range(20)]
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for one, results in zip(expected, pool.map(work, inputs), strict=True):
+            assert all(torch.equal(one, result) for result in results)
 
 
 def test_devices_that_are_not_current(layer: QuantizedLinear) -> None:
