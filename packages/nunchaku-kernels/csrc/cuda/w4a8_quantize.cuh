@@ -40,8 +40,7 @@ struct Parameters {
     const void* smooth;
     DType smooth_dtype;
     float shift;
-    const uint16_t* proj_down;
-    bool factors_aligned;
+    const uint4* proj_down;  // one A fragment of a lane each
     int rank;
     int8_t* codes;
     float* ascales;
@@ -138,21 +137,12 @@ struct Factors {
                 uint4 words{};
                 if (first_tile + tile < tiles) {
                     const int64_t index = int64_t{group * 4 + i} * tiles + first_tile + tile;
-                    words = load(p.proj_down + index * 256 + lane * 8, p.factors_aligned);
+                    words = __ldg(p.proj_down + index * 32 + lane);
                 }
                 // Published order has the two k halves of a row together, the instruction the two rows of a k half.
                 a[i][tile][0] = words.x, a[i][tile][1] = words.z, a[i][tile][2] = words.y, a[i][tile][3] = words.w;
             }
         }
-    }
-
-private:
-    static __device__ uint4 load(const uint16_t* source, bool aligned) {
-        if (aligned) return __ldg(reinterpret_cast<const uint4*>(source));
-        const auto word = [&](int i) {
-            return __ldg(source + 2 * i) | static_cast<uint32_t>(__ldg(source + 2 * i + 1)) << 16;
-        };
-        return {word(0), word(1), word(2), word(3)};
     }
 };
 struct NoFactors {};
@@ -244,7 +234,17 @@ public:
             if (i < count_) fetch(i);
             ptx::commit_copies();
         }
-        for (int i = 0; i < min(p_.slots, count_); ++i) prepare(i);
+        // The vector's latency is paid once for several slots; meanwhile x is on its way.
+        constexpr int kBatch = 4;
+        for (int first = 0; first < p_.slots; first += kBatch) {
+            float2 smooth[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (first + i < min(p_.slots, count_)) smooth[i] = load_smooth(first + i);
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (first + i < min(p_.slots, count_)) store_reciprocals(first + i, smooth[i]);
+        }
     }
 
     // Visits every group with visit(prefetched, group, slot), prefetched = prefetch(group) before x has arrived.
@@ -260,7 +260,7 @@ public:
             const int next = forward ? i + p_.slots : i - p_.slots;
             if (0 <= next && next < count_) {
                 fetch(next);
-                prepare(next);
+                store_reciprocals(next, load_smooth(next));
             }
             ptx::commit_copies();
         }
@@ -305,18 +305,26 @@ private:
         }
     }
 
-    __device__ void prepare(int i) {
-        float2 pair;
-        const int position = threadIdx.x % 32 * 2;  // published order: two neighbours stay neighbours
-        const int64_t k =
-            int64_t{group(i)} * kGroupSize + position / 16 * 16 + position % 16 / 4 * 2 + position % 4 / 2 * 8;
-        pair.x = k < p_.channels ? reciprocal(int64_t{group(i)} * kGroupSize + position) : 0.0f;
-        pair.y = k + 1 < p_.channels ? reciprocal(int64_t{group(i)} * kGroupSize + position + 1) : 0.0f;
-        reinterpret_cast<float2*>(slot(i).reciprocals())[threadIdx.x % 32] = pair;
+    // The lane's two neighbours in published order, ones where there is no vector.
+    __device__ float2 load_smooth(int i) const {
+        const int64_t position = int64_t{group(i)} * kGroupSize + threadIdx.x % 32 * 2;
+        return p_.smooth ? make_float2(load_smooth_at(position), load_smooth_at(position + 1)) : make_float2(1, 1);
     }
 
-    __device__ float reciprocal(int64_t position) const {
-        return p_.smooth ? __fdiv_rn(1.0f, load_float(p_.smooth, p_.smooth_dtype, position)) : 1.0f;
+    __device__ float load_smooth_at(int64_t position) const {  // without branches, so that loads overlap
+        const bool wide = p_.smooth_dtype == DType::f32;
+        const uint32_t bits = wide ? __ldg(static_cast<const uint32_t*>(p_.smooth) + position)
+                                   : __ldg(static_cast<const uint16_t*>(p_.smooth) + position);
+        const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+        return p_.smooth_dtype == DType::f16 ? half : __uint_as_float(wide ? bits : bits << 16);
+    }
+
+    __device__ void store_reciprocals(int i, float2 smooth) {
+        const int position = threadIdx.x % 32 * 2;
+        const int64_t k =
+            int64_t{group(i)} * kGroupSize + position / 16 * 16 + position % 16 / 4 * 2 + position % 4 / 2 * 8;
+        reinterpret_cast<float2*>(slot(i).reciprocals())[threadIdx.x % 32] = {
+            k < p_.channels ? __fdiv_rn(1.0f, smooth.x) : 0.0f, k + 1 < p_.channels ? __fdiv_rn(1.0f, smooth.y) : 0.0f};
     }
 
     const Parameters& p_;
@@ -543,8 +551,9 @@ void run(const QuantizeArguments& a, cudaStream_t stream) {
     require(!a.rank || (a.proj_down.dtype == a.x.dtype && dtype != DType::f32), "proj_down_dtype",
             "the 16-bit dtype of x", a.proj_down.dtype);
     const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
-    require(aligned(a.codes), "codes", "an address that is a multiple of 16, remainder 0",
-            reinterpret_cast<uintptr_t>(a.codes) % 16);
+    require(aligned(a.codes), "codes", "an address that is a multiple of 16", reinterpret_cast<intptr_t>(a.codes));
+    require(aligned(a.proj_down.data), "proj_down", "an address that is a multiple of 16",
+            reinterpret_cast<intptr_t>(a.proj_down.data));
     const int64_t row_bytes = a.tokens > 1 ? a.stride * static_cast<int64_t>(element_bytes) : 0;
     Parameters p{};
     p.x = static_cast<const char*>(a.x.data);
@@ -553,8 +562,7 @@ void run(const QuantizeArguments& a, cudaStream_t stream) {
     p.groups = static_cast<int>(a.padded_k / kGroupSize);
     p.smooth = a.smooth.data, p.smooth_dtype = static_cast<DType>(a.smooth.dtype);
     p.shift = a.shift;
-    p.proj_down = static_cast<const uint16_t*>(a.proj_down.data);
-    p.factors_aligned = aligned(a.proj_down.data);
+    p.proj_down = static_cast<const uint4*>(a.proj_down.data);
     p.rank = static_cast<int>(a.rank);
     p.codes = a.codes, p.ascales = a.ascales, p.lora_act = a.lora_act;
     const Plan chosen = plan(Team::kLargest, a);
