@@ -369,9 +369,9 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_tokens(const __grid_cons
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Worker<Element, kTokens, Team> worker(p, shared + kMaximaBytes);
 
-    worker.start();
     if (threadIdx.x < kTokens) maxima[threadIdx.x] = 0;
-    Team::arrive();
+    Team::arrive();  // before the copies: a cluster's barrier has a memory fence, which could wait for them
+    worker.start();
 
     float sums[kTiles][kRankTiles][4] = {};
     const auto factors_from = [&](int first_tile) {
