@@ -105,7 +105,7 @@ __device__ __forceinline__ void store_1(void* data, DType dtype, size_t index, f
 __device__ __forceinline__ float activate(float y, int activation) {
     if (activation == 0) return y;
     const float z = activation == 1 ? y * (y * y * 0.044715f + 1.0f) * (2.0f * 0.7978845608f) : y;
-    return y / (1.0f + __expf(-z));
+    return __fdividef(y, 1.0f + __expf(-z));  // 2 ulp; a quotient too small to divide is 0, as it should be
 }
 
 // Activation, gate and residual of channels n..n+7 of token m, then the store; what lies outside of `out` is dropped.

@@ -24,7 +24,6 @@ constexpr int kStrips = 2;                     // of 16 channels, per warp
 constexpr int kWarpChannels = 16 * kStrips;
 constexpr int kRankBlock = 32;                 // ranks of the low-rank branch that are staged together
 constexpr int kHiddenPitch = kRankBlock + 8;   // elements of a staged token: no bank conflicts
-constexpr int kStagedTokens = 16;              // output tokens staged by a warp at a time
 constexpr int kOutputPitch = kWarpChannels + 4;  // floats: no bank conflicts
 
 struct Arguments {
@@ -49,7 +48,8 @@ struct Shape {
     static constexpr int kAccumulators = kStrips * kTokenBlocks * 4;
     static constexpr int kReduceBytes = (k_warps - 1) * kNWarps * kAccumulators * 32 * 4;
     static constexpr int kHiddenBytes = tokens * kHiddenPitch * 2;
-    static constexpr int kOutputBytes = kWarps * kStagedTokens * kOutputPitch * 4;
+    static constexpr int kStagedTokens = std::min(tokens, 64);  // output tokens staged by a warp at a time
+    static constexpr int kOutputBytes = kNWarps * kStagedTokens * kOutputPitch * 4;
     static constexpr int kSharedBytes =
         std::max(std::max(kStages * kStageBytes, kReduceBytes), std::max(kHiddenBytes, kOutputBytes));
 };
@@ -127,14 +127,20 @@ __device__ __forceinline__ void multiply(const Codes& codes, const Multipliers& 
         decode(words.w, lower, a[s][1][1], a[s][1][3]);
     }
     const uint32_t row = tile + lane % 8 * kChunk + 16 * ((4 * half + lane / 8) ^ lane % 8);
+    // Four blocks at a time: a product waits for the one before it on the same sums, and eight lie between.
+    constexpr int kAtOnce = S::kTokenBlocks < 4 ? S::kTokenBlocks : 4;
 #pragma unroll
-    for (int block = 0; block < S::kTokenBlocks; ++block) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, row + block * 8 * kChunk);
+    for (int first = 0; first < S::kTokenBlocks; first += kAtOnce) {
+        uint32_t b[kAtOnce][4];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) ptx::ldmatrix_x4(b[i], row + (first + i) * 8 * kChunk);
 #pragma unroll
         for (int step = 0; step < 2; ++step)
 #pragma unroll
-            for (int s = 0; s < kStrips; ++s) ptx::mma_s8(sums[s][block], a[s][step], b[2 * step], b[2 * step + 1]);
+            for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+                for (int s = 0; s < kStrips; ++s)
+                    ptx::mma_s8(sums[s][first + i], a[s][step], b[i][2 * step], b[i][2 * step + 1]);
     }
 }
 
@@ -281,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int token = first_token + 8 * block + lane % 4 * 2 + i;
-                ascale[i] = token < a.tokens ? __ldg(a.ascales + token) : 0.0f;
+                ascale[i] = __ldg(a.ascales + min(token, a.tokens - 1));
             }
 #pragma unroll
             for (int s = 0; s < kStrips; ++s)
@@ -301,27 +307,28 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
     }
     if (!finishes) return;
 
-    // Through shared memory, so that a lane holds eight neighbouring channels of one token.
-    float* staged = reinterpret_cast<float*>(shared) + warp * kStagedTokens * kOutputPitch;
+    // Through shared memory, so that a lane holds eight neighbouring channels of one token. (The loop over tokens is a real
+    // one: its body is long, and unrolled it would not fit the instruction cache.)
+    float* staged = reinterpret_cast<float*>(shared) + n_warp * S::kStagedTokens * kOutputPitch;
 #pragma unroll
-    for (int pair = 0; pair < S::kTokenBlocks / 2; ++pair) {
+    for (int first = 0; first < S::kTokenBlocks; first += S::kStagedTokens / 8) {
         __syncwarp();
 #pragma unroll
-        for (int b = 0; b < 2; ++b)
+        for (int b = 0; b < S::kStagedTokens / 8; ++b)
 #pragma unroll
             for (int s = 0; s < kStrips; ++s)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
                     staged[(8 * b + lane % 4 * 2 + i % 2) * kOutputPitch + 16 * s + lane / 4 + i / 2 * 8] =
-                        y[s][2 * pair + b][i];
+                        y[s][first + b][i];
         __syncwarp();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int token = 8 * half + lane / 4, n = lane % 4 * 8;
+#pragma unroll 1
+        for (int token = lane / 4; token < S::kStagedTokens; token += 8) {
+            const int n = lane % 4 * 8;
             const float4* row = reinterpret_cast<const float4*>(staged + token * kOutputPitch + n);
-            const float4 first = row[0], second = row[1];
-            float values[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
-            finish_8(a.tail, first_token + 16 * pair + token, channel + n, values);
+            const float4 low = row[0], high = row[1];
+            float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            finish_8(a.tail, first_token + 8 * first + token, channel + n, values);
         }
     }
 }

@@ -44,18 +44,21 @@ struct Arguments {
     int rank, activation, out_features, tokens_per_gate;
 };
 
-// Shared memory: stages of tokens, stages of weights, one output tile per consumer, barriers. The hidden state of the
+// Shared memory: stages of tokens, stages of weights, one output tile per consumer, scales of activations,
+// barriers. The hidden state of the
 // low-rank branch lies where the first output tile goes afterwards.
 template <int tokens>
 struct Layout {
     static constexpr int kTokenBytes = tokens * kRow, kStageBytes = kTokenBytes + kWeightBytes;
     static constexpr int kOutputBytes = kConsumers * tokens * kRow;
-    static constexpr int kBarrierBytes = 256;
-    static constexpr int kStages = std::min(8, (kSharedLimit - 1024 - kOutputBytes - kBarrierBytes) / kStageBytes);
+    static constexpr int kScaleBytes = tokens * 4;  // of activations; two sets
+    static constexpr int kBarrierBytes = 192;
+    static constexpr int kStages =
+        std::min(8, (kSharedLimit - kOutputBytes - 2 * kScaleBytes - kBarrierBytes) / kStageBytes);
     static constexpr int kWeights = kStages * kTokenBytes, kOutput = kWeights + kStages * kWeightBytes;
-    static constexpr int kBarriers = kOutput + kOutputBytes;
-    static constexpr int kBytes = kBarriers + kBarrierBytes + 1024;  // the start is rounded up to 1024
-    static_assert(kTokenBytes % 1024 == 0 && kStages >= 3);
+    static constexpr int kScales = kOutput + kOutputBytes, kBarriers = kScales + 2 * kScaleBytes;
+    static constexpr int kBytes = kBarriers + kBarrierBytes;
+    static_assert(kTokenBytes % 1024 == 0 && kStages >= 3 && (2 * kStages + 3 + kConsumers) * 8 <= kBarrierBytes);
 };
 
 // Where the barriers are. `full` and `empty` guard the stages, `hidden_full` and `hidden_empty` one block of ranks,
@@ -181,27 +184,34 @@ template <int tokens, bool is_bf16>
 __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t hidden, int strip_channel, int lane,
                                              uint32_t& parity, Barriers<Layout<tokens>::kStages> barriers,
                                              float (&y)[tokens / 2]) {
-    const uint4* up = static_cast<const uint4*>(a.proj_up) + static_cast<size_t>(strip_channel / 16) * a.rank / 16 * 32;
+    const uint4* up =
+        static_cast<const uint4*>(a.proj_up) + static_cast<size_t>(strip_channel / 16) * (a.rank / 16) * 32 + lane;
+    const uint64_t b = ptx::wgmma_operand(hidden);
+#pragma unroll 1
     for (int first = 0; first < a.rank; first += kRankBlock) {
+        uint32_t factors[kRankBlock / 16][4];
+#pragma unroll
+        for (int step = 0; step < kRankBlock / 16; ++step) {
+            const uint4 words = __ldg(up + min(first / 16 + step, a.rank / 16 - 1) * 32);
+            factors[step][0] = words.x, factors[step][1] = words.z, factors[step][2] = words.y,
+            factors[step][3] = words.w;
+        }
         ptx::wait(barriers.hidden_full(), parity);
         parity ^= 1;
-        const int steps = min(kRankBlock, a.rank - first) / 16;
-        for (int step = 0; step < steps; ++step) {
-            const uint4 words = __ldg(up + (first / 16 + step) * 32 + lane);
-            const uint32_t factors[4] = {words.x, words.z, words.y, words.w};
-            ptx::wgmma_fence();
-            ptx::Wgmma<tokens>::template half<is_bf16>(y, factors, ptx::wgmma_operand(hidden) + 2 * step);
-            ptx::wgmma_commit();
-            ptx::wgmma_wait<0>();
-        }
-        __syncwarp();
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kRankBlock / 16; ++step)
+            if (first + 16 * step < a.rank)
+                ptx::Wgmma<tokens>::template half<is_bf16>(y, factors[step], b + 2 * step);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
         if (lane == 0) ptx::arrive(barriers.hidden_empty());
     }
 }
 
-// Sums to fp32 outputs without the low-rank branch.
+// Sums to fp32 outputs without the low-rank branch; `ascales` has those of the tile's tokens, from the lane's first one on.
 template <int tokens>
-__device__ __forceinline__ void scale_sums(const Arguments& a, int channel, int first_token,
+__device__ __forceinline__ void scale_sums(const Arguments& a, int channel, uint32_t ascales,
                                            const int32_t (&sums)[tokens / 2], float (&y)[tokens / 2]) {
     float scale[2], factor[2], bias[2];
 #pragma unroll
@@ -213,10 +223,8 @@ __device__ __forceinline__ void scale_sums(const Arguments& a, int channel, int 
     }
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block) {
-        const int token = first_token + 8 * block;
         float ascale[2];
-        ascale[0] = token < a.tokens ? __ldg(a.ascales + token) : 0.0f;
-        ascale[1] = token + 1 < a.tokens ? __ldg(a.ascales + token + 1) : 0.0f;
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(ascale[0]), "=f"(ascale[1]) : "r"(ascales + 32 * block));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             y[4 * block + i] =
@@ -224,69 +232,90 @@ __device__ __forceinline__ void scale_sums(const Arguments& a, int channel, int 
     }
 }
 
-// The gates of a lane's two channels, for tokens in ascending order.
-struct Gates {
-    float values[2] = {1.0f, 1.0f};
-    int end = 0, next_row = 0;  // the values hold below token `end`
-
-    __device__ __forceinline__ void move_to(const Arguments& a, int token, int channel) {
-        if (!a.gate || token < end) return;
-        next_row = token / a.tokens_per_gate;
-        end = (next_row + 1) * a.tokens_per_gate;
+// y *= gate, of the lane's two channels. A tile has tokens of at most two gate rows.
+template <int tokens>
+__device__ __forceinline__ void apply_gate(const Arguments& a, const Tile& tile, int channel, int first_token,
+                                           float (&y)[tokens / 2]) {
+    const int row = tile.token / a.tokens_per_gate, last_row = (a.tokens - 1) / a.tokens_per_gate;
+    const int boundary = (row + 1) * a.tokens_per_gate;
+    float gates[2][2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (token < a.tokens && channel + 8 * i < a.out_features)
-                values[i] = load_float(a.gate, a.gate_dtype,
-                                       static_cast<size_t>(next_row) * a.out_features + channel + 8 * i);
-    }
-};
-
-// Activation, gate and residual, and the rounding, into the consumer's output tile: rows of 64 channels, swizzled.
-template <int tokens, int consumer>
-__device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, const Tile& tile,
-                                       float (&y)[tokens / 2]) {
-    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    const uint32_t output = outputs + consumer * tokens * kRow;
-    const int first_channel = tile.channel + 64 * consumer, channel = first_channel + 16 * warp + lane / 4;
-    const bool is_bf16 = a.out_dtype == DType::bf16;
-    if (a.residual) {  // whole rows in, so that memory sees 128 bytes at a time
-        for (int i = thread; i < tokens * 8; i += 128) {
-            const int token = i / 8, piece = i % 8, n = first_channel + 8 * piece;
-            if (tile.token + token >= a.tokens || n >= a.out_features) continue;
-            const uint4 bits = __ldg(reinterpret_cast<const uint4*>(
-                static_cast<const uint16_t*>(a.residual) + static_cast<size_t>(tile.token + token) * a.out_features + n));
-            asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(output + token * kRow +
-                                                                       16 * (piece ^ token % 8)),
-                         "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
-                         : "memory");
+    for (int later = 0; later < 2; ++later)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int n = min(channel + 8 * i, a.out_features - 1);
+            gates[later][i] = load_float(a.gate, a.gate_dtype,
+                                         static_cast<size_t>(min(row + later, last_row)) * a.out_features + n);
         }
-        ptx::sync_threads<2 + consumer, 128>();
+#pragma unroll
+    for (int block = 0; block < tokens / 8; ++block)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            y[4 * block + i] *= first_token + 8 * block + i % 2 < boundary ? gates[0][i / 2] : gates[1][i / 2];
+}
+
+// Reads a consumer's tile of the residual into its output tile: whole rows, so that memory sees 128 bytes at a time.
+template <int tokens>
+__device__ __forceinline__ void load_residual(const Arguments& a, uint32_t output, int first_token, int first_channel) {
+#pragma unroll 4
+    for (int i = threadIdx.x % 128; i < tokens * 8; i += 128) {
+        const int token = i / 8, piece = i % 8, n = first_channel + 8 * piece;
+        if (first_token + token >= a.tokens || n >= a.out_features) continue;
+        const uint4 bits = __ldg(reinterpret_cast<const uint4*>(
+            static_cast<const uint16_t*>(a.residual) + static_cast<size_t>(first_token + token) * a.out_features + n));
+        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(output + token * kRow + 16 * (piece ^ token % 8)),
+                     "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                     : "memory");
     }
+}
+
+// Rounds y into the consumer's output tile (rows of 64 channels, swizzled), onto the residual if it lies there already.
+template <int tokens, bool is_bf16, bool has_residual>
+__device__ __forceinline__ void stage_output(uint32_t output, const float (&y)[tokens / 2]) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const uint32_t row = output + (lane / 16 * 8 + lane % 8) * kRow + 16 * ((2 * warp + lane / 8 % 2) ^ lane % 8);
-    Gates gates[2];  // of even and odd tokens
 #pragma unroll
     for (int pair = 0; pair < tokens / 16; ++pair) {
-        const uint32_t address = row + pair * 16 * kRow;
-        uint32_t residual[4], packed[4];
-        if (a.residual) ptx::ldmatrix_x4_trans(residual, address);
+        uint32_t before[4], packed[4];
+        if (has_residual) ptx::ldmatrix_x4_trans(before, row + pair * 16 * kRow);
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {  // matrices of 8 channels x 8 tokens: m % 2 says which channels, m / 2 which tokens
-            float values[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                values[i] = activate(y[8 * pair + 4 * (m / 2) + 2 * (m % 2) + i], a.activation);
-                if (a.gate) {
-                    gates[i].move_to(a, tile.token + 16 * pair + 8 * (m / 2) + lane % 4 * 2 + i, channel);
-                    values[i] *= gates[i].values[m % 2];
-                }
+        for (int m = 0; m < 4; ++m) {  // matrices of 8 channels x 8 tokens: two of channels, then of the next tokens
+            float first = y[8 * pair + 2 * m], second = y[8 * pair + 2 * m + 1];
+            if (has_residual) {
+                const float2 added = unpack_half(before[m], is_bf16 ? DType::bf16 : DType::f16);
+                first += added.x, second += added.y;
             }
-            if (a.residual) {
-                const float2 before = unpack_half(residual[m], a.out_dtype);
-                values[0] += before.x, values[1] += before.y;
-            }
-            packed[m] = is_bf16 ? pack_bf16(values[0], values[1]) : pack_f16(values[0], values[1]);
+            packed[m] = is_bf16 ? pack_bf16(first, second) : pack_f16(first, second);
         }
-        ptx::stmatrix_x4_trans(address, packed);
+        ptx::stmatrix_x4_trans(row + pair * 16 * kRow, packed);
+    }
+}
+
+// Activation, gate and residual, and the rounding. Every step is a pass of its own under one branch: together in one
+// unrolled loop they would not fit the instruction cache.
+template <int tokens, int consumer>
+__device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, const Tile& tile, int channel,
+                                       int first_token, float (&y)[tokens / 2]) {
+    const uint32_t output = outputs + consumer * tokens * kRow;
+    if (a.activation == 1) {
+#pragma unroll
+        for (int i = 0; i < tokens / 2; ++i) y[i] = activate(y[i], 1);
+    } else if (a.activation == 2) {
+#pragma unroll
+        for (int i = 0; i < tokens / 2; ++i) y[i] = activate(y[i], 2);
+    }
+    if (a.gate) apply_gate<tokens>(a, tile, channel, first_token, y);
+    if (a.residual) {
+        load_residual<tokens>(a, output, tile.token, tile.channel + 64 * consumer);
+        ptx::sync_threads<2 + consumer, 128>();
+        if (a.out_dtype == DType::bf16)
+            stage_output<tokens, true, true>(output, y);
+        else
+            stage_output<tokens, false, true>(output, y);
+    } else if (a.out_dtype == DType::bf16) {
+        stage_output<tokens, true, false>(output, y);
+    } else {
+        stage_output<tokens, false, false>(output, y);
     }
 }
 
@@ -294,17 +323,20 @@ __device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, con
 template <int tokens>
 __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barriers<Layout<tokens>::kStages> barriers) {
     using L = Layout<tokens>;
-    constexpr int kBlocks = tokens / 8;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int groups = a.padded_k / kGroup, chunks = a.padded_k / kChunk;
     const uint32_t strip = shared + L::kWeights + (4 * consumer + warp) * kStripBytes + 16 * lane;
+    const int consumer_thread = threadIdx.x - 128;
     Ring<L::kStages> ring;
     uint32_t hidden_parity = 0, output_parity = 1;
+    int scale_set = 0;
 
     for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x) {
         const Tile tile(index, a.channel_tiles, tokens);
         const int strip_channel = tile.channel + 64 * consumer + 16 * warp, channel = strip_channel + lane / 4;
         int32_t sums[tokens / 2] = {};  // zeros: without them ptxas keeps the registers alive from tile to tile
+        const float my_ascale =
+            a.sums ? 0.0f : __ldg(a.ascales + min(tile.token + min(consumer_thread, tokens - 1), a.tokens - 1));
         const int16_t* upper_row = a.multipliers + static_cast<size_t>(channel) * groups;
         const int16_t* lower_row = upper_row + 8 * groups;
         uint32_t upper = __ldg(reinterpret_cast<const uint32_t*>(upper_row));
@@ -345,7 +377,7 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         const int first_token = tile.token + lane % 4 * 2;
         if (a.sums) {
 #pragma unroll
-            for (int block = 0; block < kBlocks; ++block)
+            for (int block = 0; block < tokens / 8; ++block)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int token = first_token + 8 * block + i % 2;
@@ -356,7 +388,13 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         }
 
         float y[tokens / 2];
-        scale_sums<tokens>(a, channel, first_token, sums, y);
+        // Double: the other consumer may still be reading those of the last tile.
+        const uint32_t scales = shared + L::kScales + scale_set * L::kScaleBytes;
+        scale_set ^= 1;
+        if (consumer_thread < tokens)
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * consumer_thread), "f"(my_ascale) : "memory");
+        ptx::sync_threads<1, 128 * kConsumers>();
+        scale_sums<tokens>(a, channel, scales + lane % 4 * 8, sums, y);
         if (a.rank) {
             if (a.up_dtype == DType::bf16)
                 add_low_rank<tokens, true>(a, shared + L::kOutput, strip_channel, lane, hidden_parity, barriers, y);
@@ -368,9 +406,9 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
             output_parity ^= 1;
         }
         if (consumer == 0)
-            finish<tokens, 0>(a, shared + L::kOutput, tile, y);
+            finish<tokens, 0>(a, shared + L::kOutput, tile, channel, first_token, y);
         else
-            finish<tokens, 1>(a, shared + L::kOutput, tile, y);
+            finish<tokens, 1>(a, shared + L::kOutput, tile, channel, first_token, y);
         ptx::fence_async_proxy();
         ptx::arrive(barriers.output_full(consumer));
     }
@@ -381,8 +419,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     product(const __grid_constant__ CUtensorMap codes, const __grid_constant__ CUtensorMap out,
             const __grid_constant__ Arguments a) {
     using L = Layout<tokens>;
-    extern __shared__ uint8_t unaligned[];
-    const uint32_t start = ptx::shared_address(unaligned), shared = (start + 1023) / 1024 * 1024;
+    extern __shared__ __align__(1024) uint8_t memory[];  // the swizzle counts from multiples of 1024
+    const uint32_t shared = ptx::shared_address(memory);
     const Barriers<L::kStages> barriers{shared + L::kBarriers};
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
@@ -405,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         } else if (warp == 1) {
             if (lane == 0 && !a.sums) store_tiles<tokens>(&out, a, shared, barriers);
         } else if (!a.sums && a.rank) {
-            load_hidden<tokens>(a, unaligned + (shared - start) + L::kOutput, threadIdx.x - 64, barriers);
+            load_hidden<tokens>(a, memory + L::kOutput, threadIdx.x - 64, barriers);
         }
     } else {
         ptx::take_registers<kConsumerRegisters>();
@@ -501,7 +539,8 @@ bool serves(const LinearArguments& a) {
     const bool half_output = a.out_dtype != static_cast<int>(DType::f32);
     const bool half_branch = !a.proj_up.data || !a.rank || a.proj_up.dtype != static_cast<int>(DType::f32);
     return serves(a.product) && half_output && half_branch && a.out_features % 8 == 0 && aligned(a.out) &&
-           (!a.residual.data || (a.residual.dtype == a.out_dtype && aligned(a.residual.data)));
+           (!a.residual.data || (a.residual.dtype == a.out_dtype && aligned(a.residual.data))) &&
+           (!a.gate.data || a.gate_rows == 1 || a.product.tokens / a.gate_rows >= 256);
 }
 
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream) {
