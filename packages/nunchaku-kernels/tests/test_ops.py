@@ -53,6 +53,8 @@ def every_call(
             calls["w4a8_quantize"] = ((x, smooth, 0.25, down), {})
             folded, q = OPS.w4a8_fold_scales(p["qweight"], p["wscales"]), OPS.w4a8_quantize(x, smooth, 0.25, down)
             calls["w4a8_linear"] = ((*q, p["qweight"], *folded, *low_rank), tail)
+            modulation = (randn(2, 250, dtype=dtype, seed=3), randn(2, 250, dtype=dtype, seed=4))
+            calls["w4a8_quantize_norm"] = ((x, *modulation, 1e-6, smooth, down), {})
             calls["w4a4_quantize"] = ((x, smooth, 0.25, down, False), {})
             q = OPS.w4a4_quantize(x, smooth, 0.25, down)
             calls["w4a4_linear"] = ((*q, p["qweight"], p["wscales"], *low_rank), tail)
@@ -69,7 +71,9 @@ def bare(calls: dict[str, Call]) -> dict[str, Call]:
     """The same calls with everything optional left out."""
     reduced = {}
     for name, (arguments, keywords) in calls.items():
-        if name.endswith("_quantize"):
+        if name == "w4a8_quantize_norm":
+            reduced[name] = ((randn(6, 256), randn(1, 256), randn(1, 256), 1e-6, None, None), {})
+        elif name.endswith("_quantize"):
             reduced[name] = ((randn(6, 256, dtype=torch.float32), None, 0.0, None), {})
         elif "out_features" in keywords:
             shape = {"out_features": keywords["out_features"], "out_dtype": torch.float32}
@@ -245,6 +249,27 @@ def test_random_arguments_never_crash(
         assert name in str(error)
     else:
         assert all(tensor.layout == torch.strided for tensor in outputs(result))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantising_behind_a_norm_is_quantising_the_modulated_value(
+    random_weights: RandomWeights, dtype: torch.dtype
+) -> None:
+    (x, scale, shift, eps, smooth, down), _ = every_call(random_weights, dtype=dtype)["w4a8_quantize_norm"]
+    rows = torch.arange(6) // 3  # two rows of modulation for six tokens
+    value = x.double()
+    value = (value - value.mean(1, keepdim=True)) / (value.var(1, correction=0, keepdim=True) + eps).sqrt()
+    value = (value * (1 + scale.double()[rows]) + shift.double()[rows]).to(dtype)
+    codes, ascales, lora_act = OPS.w4a8_quantize_norm(x, scale, shift, eps, smooth, down)
+    expected_codes, expected_ascales, expected_lora_act = OPS.w4a8_quantize(value, smooth, 0.0, down)
+    assert (codes.int() - expected_codes.int()).abs().max() <= 1
+    rounding = ROUNDING[dtype]
+    torch.testing.assert_close(ascales, expected_ascales, rtol=rounding, atol=0)
+    torch.testing.assert_close(
+        lora_act, expected_lora_act, rtol=rounding, atol=rounding * float(expected_lora_act.abs().amax())
+    )
+    with pytest.raises(ValueError, match=r"w4a8_quantize_norm: `scale` has 4 rows.*6 tokens"):
+        OPS.w4a8_quantize_norm(x, scale.repeat(2, 1), shift.repeat(2, 1), eps, smooth, down)
 
 
 @pytest.mark.parametrize("native", [True, False])

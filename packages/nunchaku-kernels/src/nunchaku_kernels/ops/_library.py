@@ -31,6 +31,10 @@ SCHEMAS = {
     # row_scales (N) float32, group_multipliers (N, K/64) int16: natural; numerics.md "two levels"
     "w4a8_fold_scales": "(Tensor qweight, Tensor wscales) -> (Tensor, Tensor)",
     "w4a8_quantize": _QUANTIZE.format(extra=""),
+    # of layer_norm(x) * (1 + scale) + shift, without affine weights, rounded once to the dtype of x. scale and shift of
+    # that dtype, natural, have B rows of K' channels; tokens share rows as those of `gate` do
+    "w4a8_quantize_norm": "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? smooth, Tensor? proj_down) "
+    "-> (Tensor, Tensor, Tensor)",
     "w4a8_linear": "(Tensor codes, Tensor ascales, Tensor lora_act, Tensor qweight, Tensor row_scales, "
     "Tensor group_multipliers, " + _TAIL,
     # unsigned: codes 0..15, for inputs that the shift made non-negative

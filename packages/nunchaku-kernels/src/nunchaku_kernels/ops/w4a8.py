@@ -8,6 +8,7 @@ was not built) the plain-torch reference computes the same integers.
 from typing import Any
 
 import torch
+from torch.nn.functional import layer_norm
 
 from nunchaku_kernels._checks import require_finite
 from nunchaku_kernels.formats import unpack_qweight, unpack_wscales
@@ -104,7 +105,7 @@ def _quantize(
 
 
 @fake("w4a8_quantize")
-def _(
+def _fake_quantize(
     x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rank = 0 if proj_down is None else proj_down.shape[1]
@@ -113,6 +114,40 @@ def _(
         x.new_empty(x.shape[0], dtype=torch.float32),
         x.new_empty(x.shape[0], rank, dtype=torch.float32),
     )
+
+
+@implement("w4a8_quantize_norm", "CompositeExplicitAutograd")
+def _quantize_norm(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    smooth: torch.Tensor | None,
+    proj_down: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    op = "w4a8_quantize_norm"
+    check_quantize(op, x, smooth, proj_down)
+    tokens, channels = x.shape
+    check_tensor(op, "scale", scale, dtypes=(x.dtype,), shape=(None, channels), device=x.device)
+    rows = scale.shape[0]
+    check_tensor(op, "shift", shift, dtypes=(x.dtype,), shape=(rows, channels), device=x.device)
+    if rows == 0 or tokens % rows:
+        raise ValueError(f"{op}: `scale` has {rows} rows, which do not divide the {tokens} tokens")
+    normalised = layer_norm(x.float(), (channels,), eps=eps).view(rows, tokens // rows, channels)
+    modulated = torch.addcmul(shift.float().unsqueeze(1), normalised, 1 + scale.float().unsqueeze(1))
+    return _quantize(modulated.view(tokens, channels).to(x.dtype), smooth, 0.0, proj_down)
+
+
+@fake("w4a8_quantize_norm")
+def _(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    smooth: torch.Tensor | None,
+    proj_down: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _fake_quantize(x, smooth, 0.0, proj_down)
 
 
 @implement("w4a8_linear", "CompositeExplicitAutograd")
