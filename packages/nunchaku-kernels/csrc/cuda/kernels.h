@@ -54,6 +54,11 @@ void w4a8_linear(const LinearArguments& arguments, cudaStream_t stream);
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream);
 void w4a16_linear(const AwqArguments& arguments, cudaStream_t stream);
 
+// What w4a16_linear chooses from. The first two take tokens and scales of one 16-bit type, w4a16_gemv at most 8 tokens.
+void w4a16_gemv(const AwqArguments& arguments, cudaStream_t stream);
+void w4a16_gemm(const AwqArguments& arguments, cudaStream_t stream);
+void w4a16_fp32(const AwqArguments& arguments, cudaStream_t stream);
+
 }  // namespace sm80
 
 namespace sm90 {

@@ -1,0 +1,266 @@
+// W4A16 for more than eight tokens, on mma.sync. A warp owns 32 output channels and all tokens of its block's tile, so
+// that a weight is decoded once per block; where channels are few, warps share out the inputs as well and add up their
+// sums in a fixed order. While a warp multiplies one half of a chunk it decodes the next half.
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "../kernels.h"
+#include "../ptx/mma.h"
+#include "../w4a16.cuh"
+
+namespace nk::cuda::sm80 {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kStages = 3;
+constexpr int kStrips = 2;
+constexpr int kTokenBytes = 2 * kChunkInputs, kPieces = kTokenBytes / 16;  // of one token in one chunk
+constexpr int kStagedTokens = 16;                                          // output tokens a warp turns at a time
+using Weights = WarpWeights<kStrips>;
+constexpr int kOutputPitch = Weights::kChannels + 4;  // floats: no bank conflicts
+constexpr int kFragments = kStrips * 4;               // of half a chunk
+
+template <int tokens, int k_warps>
+struct Shape {
+    static constexpr int kTokens = tokens, kTokenBlocks = tokens / 8;
+    static constexpr int kKWarps = k_warps, kNWarps = kWarps / k_warps;  // warps along inputs, along channels
+    static constexpr int kChannels = kNWarps * Weights::kChannels;
+    static constexpr int kTileBytes = tokens * kTokenBytes;
+    static constexpr int kStageBytes = k_warps * kTileBytes + kWarps * Weights::kBytes;
+    static constexpr int kAccumulators = kStrips * kTokenBlocks * 4;
+    static constexpr int kReduceBytes = (k_warps - 1) * kNWarps * kAccumulators * 32 * 4;
+    static constexpr int kOutputBytes = kWarps * kStagedTokens * kOutputPitch * 4;
+    static constexpr int kSharedBytes = std::max(kStages * kStageBytes, std::max(kReduceBytes, kOutputBytes));
+    static_assert(tokens % kStagedTokens == 0 && kFragments % kTokenBlocks == 0);
+};
+
+// Where a tile keeps 16-byte piece `piece` of a token: moved within the token so that the eight lanes which are served
+// together, pieces 4q + v of two tokens, meet different banks. The two low bits of `piece` only flip those of the
+// place.
+__device__ __forceinline__ int piece_place(int token, int piece) { return piece ^ piece / 8 ^ token % 2 * 2; }
+
+// Starts the copies of the tokens of k_warps chunks.
+template <class S>
+__device__ __forceinline__ void copy_tokens(const W4a16& p, int first_token, int step, uint8_t* stage) {
+    constexpr int kRowsAtOnce = kThreads / kPieces, kRows = S::kKWarps * S::kTokens;
+    static_assert(kRows % kRowsAtOnce == 0);
+    const int piece = threadIdx.x % kPieces, thread_row = threadIdx.x / kPieces;
+#pragma unroll
+    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+        const int row = i * kRowsAtOnce + thread_row, token = row % S::kTokens, tile = row / S::kTokens;
+        const int k = (step * S::kKWarps + tile) * kChunkInputs + 8 * piece;
+        const bool valid = first_token + token < p.tokens && k < p.inputs;
+        const uint16_t* source = static_cast<const uint16_t*>(p.x) + (valid ? (first_token + token) * p.stride + k : 0);
+        uint8_t* target = stage + row * kTokenBytes + 16 * piece_place(token, piece);
+        if (p.x_vectors)
+            ptx::copy_16(ptx::shared_address(target), source, valid);
+        else
+            *reinterpret_cast<uint4*>(target) = valid ? load_piece(source, false) : uint4{};
+    }
+}
+
+struct Fragments {
+    uint32_t a[kFragments][4];
+
+    template <bool is_bf16>
+    __device__ __forceinline__ void decode(const Weights& weights, int half, int fragment) {
+        decode_fragment<is_bf16>(weights, fragment % kStrips, fragment / kStrips, half, a[fragment]);
+    }
+};
+
+// Adds the products of one half of a chunk, and decodes `next_half` of `next` in between.
+template <class S, bool is_bf16>
+__device__ __forceinline__ void multiply(const Fragments& fragments, const uint8_t* tile, int half, int lane,
+                                         const Weights& next, int next_half, Fragments& decoded,
+                                         float (&sums)[kStrips][S::kTokenBlocks][4]) {
+    const uint8_t* row = tile + lane / 4 * kTokenBytes;
+    const int place = piece_place(lane / 4, lane % 4 * 4);
+    const auto load = [&](int block, int i) {
+        return *reinterpret_cast<const uint4*>(row + block * 8 * kTokenBytes + 16 * (place ^ (2 * half + i)));
+    };
+    uint4 first = load(0, 0), second = load(0, 1);
+#pragma unroll
+    for (int block = 0; block < S::kTokenBlocks; ++block) {
+        const uint4 x0 = first, x1 = second;
+        if (block + 1 < S::kTokenBlocks) first = load(block + 1, 0), second = load(block + 1, 1);
+#pragma unroll
+        for (int i = 0; i < kFragments / S::kTokenBlocks; ++i)
+            decoded.decode<is_bf16>(next, next_half, block * (kFragments / S::kTokenBlocks) + i);
+#pragma unroll
+        for (int word = 0; word < 4; ++word)
+#pragma unroll
+            for (int s = 0; s < kStrips; ++s)
+                ptx::mma_16<is_bf16>(sums[s][block], fragments.a[word * kStrips + s], component(x0, word),
+                                     component(x1, word));
+    }
+}
+
+// Adds up the sums of the warps that share out the inputs, in the first of them.
+template <class S>
+__device__ __forceinline__ void reduce(float* scratch, int n_warp, int k_warp, int lane,
+                                       float (&sums)[kStrips][S::kTokenBlocks][4]) {
+    if constexpr (S::kKWarps > 1) {
+        float* flat = &sums[0][0][0];
+        if (k_warp) {
+            float* mine = scratch + ((k_warp - 1) * S::kNWarps + n_warp) * S::kAccumulators * 32 + lane;
+#pragma unroll
+            for (int i = 0; i < S::kAccumulators; ++i) mine[32 * i] = flat[i];
+        }
+        __syncthreads();
+        if (!k_warp) {
+#pragma unroll
+            for (int other = 0; other < S::kKWarps - 1; ++other)
+#pragma unroll
+                for (int i = 0; i < S::kAccumulators; ++i)
+                    flat[i] += scratch[((other * S::kNWarps + n_warp) * S::kAccumulators + i) * 32 + lane];
+        }
+        __syncthreads();
+    }
+}
+
+// Through shared memory, so that a lane holds eight neighbouring channels of one token.
+template <class S>
+__device__ __forceinline__ void store(const W4a16& p, float* staged, int first_token, int channel, int lane,
+                                      const float (&sums)[kStrips][S::kTokenBlocks][4]) {
+    const int n = channel + lane % 4 * 8;
+    float bias[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) bias[i] = p.bias && n + i < p.outputs ? load_float(p.bias, p.bias_dtype, n + i) : 0.0f;
+#pragma unroll
+    for (int pair = 0; pair < S::kTokenBlocks / 2; ++pair) {
+        __syncwarp();
+#pragma unroll
+        for (int b = 0; b < 2; ++b)
+#pragma unroll
+            for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    staged[(8 * b + lane % 4 * 2 + i % 2) * kOutputPitch + 16 * s + lane / 4 + i / 2 * 8] =
+                        sums[s][2 * pair + b][i];
+        __syncwarp();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = 8 * half + lane / 4, token = first_token + kStagedTokens * pair + row;
+            if (token >= p.tokens) continue;
+#pragma unroll
+            for (int quad = 0; quad < 2; ++quad) {
+                if (n + 4 * quad >= p.outputs) continue;
+                const float4 t =
+                    *reinterpret_cast<const float4*>(staged + row * kOutputPitch + lane % 4 * 8 + 4 * quad);
+                const float y[4] = {t.x + bias[4 * quad], t.y + bias[4 * quad + 1], t.z + bias[4 * quad + 2],
+                                    t.w + bias[4 * quad + 3]};
+                store_quad(p, token, n + 4 * quad, y);
+            }
+        }
+    }
+}
+
+template <class S, bool is_bf16>
+__global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ W4a16 p) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int n_warp = warp % S::kNWarps, k_warp = warp / S::kNWarps;
+    const int first_token = blockIdx.x * S::kTokens;
+    const int channel = blockIdx.y * S::kChannels + n_warp * Weights::kChannels;
+    const int chunks = (p.inputs + kChunkInputs - 1) / kChunkInputs;
+    const int steps = (chunks + S::kKWarps - 1) / S::kKWarps;
+
+    // A stage: one tile of tokens per chunk, then the weights of every warp.
+    const auto stage = [&](int step) { return shared + step % kStages * S::kStageBytes; };
+    const auto weights_of = [&](int step) { return stage(step) + S::kKWarps * S::kTileBytes + warp * Weights::kBytes; };
+    const auto copy = [&](int step) {
+        if (step < steps) {
+            copy_tokens<S>(p, first_token, step, stage(step));
+            Weights::copy(p, channel, step * S::kKWarps + k_warp, ptx::shared_address(weights_of(step)), lane);
+        }
+        ptx::commit_copies();
+    };
+
+    float sums[kStrips][S::kTokenBlocks][4] = {};
+    Weights weights;
+    Fragments even, odd;
+#pragma unroll
+    for (int step = 0; step < kStages - 1; ++step) copy(step);
+    ptx::wait_for_copies<kStages - 2>();
+    __syncwarp();
+    weights.load(weights_of(0), lane);
+#pragma unroll
+    for (int fragment = 0; fragment < kFragments; ++fragment) even.decode<is_bf16>(weights, 0, fragment);
+    for (int step = 0; step < steps; ++step) {
+        __syncthreads();  // everybody's copies of this step are here, and everybody is done with the stage filled next
+        copy(step + kStages - 1);
+        const uint8_t* tile = stage(step) + k_warp * S::kTileBytes;
+        multiply<S, is_bf16>(even, tile, 0, lane, weights, 1, odd, sums);
+        // The next weights are this warp's own copies. After the last step there are none: what is read is not used.
+        ptx::wait_for_copies<kStages - 2>();
+        __syncwarp();
+        weights.load(weights_of(step + 1), lane);
+        multiply<S, is_bf16>(odd, tile, 1, lane, weights, 0, even, sums);
+    }
+    ptx::wait_for_copies<0>();
+    __syncthreads();
+    reduce<S>(reinterpret_cast<float*>(shared), n_warp, k_warp, lane, sums);
+    if (!k_warp)
+        store<S>(p, reinterpret_cast<float*>(shared) + warp * kStagedTokens * kOutputPitch, first_token, channel, lane,
+                 sums);
+}
+
+template <class S>
+dim3 grid_of(const W4a16& p) {
+    return dim3((p.tokens + S::kTokens - 1) / S::kTokens, (p.outputs + S::kChannels - 1) / S::kChannels);
+}
+
+template <class S>
+void run(const W4a16& p, cudaStream_t stream) {
+    launch(p.x_dtype == DType::bf16 ? gemm<S, true> : gemm<S, false>, grid_of<S>(p), dim3(kThreads), S::kSharedBytes,
+           stream, "w4a16_linear (gemm)", p);
+}
+
+struct Device {
+    int processors, shared_bytes;  // shared memory that a block can have
+};
+
+Device current_device() {
+    int device = 0;
+    Device result{};
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&result.processors, cudaDevAttrMultiProcessorCount, device), "device");
+    check(cudaDeviceGetAttribute(&result.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+    return result;
+}
+
+// Clocks that a launch should take. A chunk takes a multiprocessor what its products take or what its bytes take, which
+// come from a second-level cache that all share. The constants are those of an H100.
+template <class S>
+double cost(const W4a16& p, const Device& device) {
+    if (S::kSharedBytes > device.shared_bytes) return std::numeric_limits<double>::infinity();
+    constexpr double kProductsPerClock = 1200, kBytesPerClock = 3000, kBytesPerClockOfOne = 48, kStartClocks = 2500;
+    const dim3 grid = grid_of<S>(p);
+    const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y,
+                  rounds = (blocks + device.processors - 1) / device.processors;
+    const double running = static_cast<double>(std::min<int64_t>(blocks, device.processors));
+    const double products = static_cast<double>(S::kTokens + 8) * S::kChannels * kChunkInputs;  // 8: the decoding
+    const double bytes = S::kTileBytes + S::kNWarps * Weights::kBytes;
+    const double clocks =
+        std::max(products / kProductsPerClock, bytes / std::min(kBytesPerClockOfOne, kBytesPerClock / running));
+    return static_cast<double>(rounds) * (clocks * p.inputs / kChunkInputs + kStartClocks);
+}
+
+template <class... Shapes>
+void run_cheapest(const W4a16& p, cudaStream_t stream) {
+    const Device device = current_device();
+    const std::array costs = {cost<Shapes>(p, device)...};
+    constexpr std::array runs = {&run<Shapes>...};
+    runs[std::min_element(costs.begin(), costs.end()) - costs.begin()](p, stream);
+}
+
+}  // namespace
+
+void w4a16_gemm(const AwqArguments& a, cudaStream_t stream) {
+    // Shape<32, 1> and Shape<16, 2> fit into the 99 KiB of sm_86 and sm_89.
+    run_cheapest<Shape<64, 1>, Shape<64, 2>, Shape<32, 1>, Shape<32, 2>, Shape<32, 4>, Shape<16, 2>, Shape<16, 4>>(
+        make_w4a16(a), stream);
+}
+
+}  // namespace nk::cuda::sm80

@@ -1,0 +1,167 @@
+// What the CUDA kernels of the W4A16 linear share: their arguments, the way of weights into mma fragments, the store.
+//
+// Y^T = W X^T on m16n8k16, weights as the 16-row operand. Sixteen neighbouring bytes of the AWQ order are 32 inputs of
+// one channel, and that is a lane's load: lane 4g + q takes channels g and g + 8 of a strip and inputs 32q .. 32q + 31
+// of a chunk of 128. Nibble j of both 16-bit halves of its i-th 32-bit word is the pair of inputs 32q + 8j + 2i, + 1.
+// A product sums over inputs in any order, so step (i, h) of the chunk multiplies, in lane q, the pairs (i, 2h) and
+// (i, 2h + 1): the lane decodes its own fragment, and finds the tokens' side in words i of two 16-byte pieces of x.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../numerics/layout.h"
+#include "../ops.h"
+#include "ptx/async_copy.h"
+#include "ptx/async_copy_few.h"
+
+namespace nk::cuda {
+
+struct W4a16 {
+    const void* x;
+    const uint16_t* qweight;
+    const void *scales, *zeros, *bias;
+    void* out;
+    int64_t stride;
+    int tokens, inputs, outputs;
+    int blocks, blocks_per_group;  // of 64 inputs
+    DType x_dtype, scales_dtype, bias_dtype, out_dtype;
+    bool x_vectors;  // rows of a 16-bit x start at multiples of 16 bytes
+};
+
+inline W4a16 make_w4a16(const AwqArguments& a) {
+    W4a16 p{};
+    p.x = a.x.data;
+    p.qweight = a.qweight;
+    p.scales = a.wscales;
+    p.zeros = a.wzeros;
+    p.bias = a.bias.data;
+    p.out = a.out;
+    p.stride = a.stride;
+    p.tokens = static_cast<int>(a.tokens);
+    p.inputs = static_cast<int>(a.in_features);
+    p.outputs = static_cast<int>(a.out_features);
+    p.blocks = static_cast<int>(a.in_features / kGroup);
+    p.blocks_per_group = static_cast<int>(a.group_size / static_cast<int64_t>(kGroup));
+    p.x_dtype = static_cast<DType>(a.x.dtype);
+    p.scales_dtype = static_cast<DType>(a.scales_dtype);
+    p.bias_dtype = static_cast<DType>(a.bias.dtype);
+    p.out_dtype = static_cast<DType>(a.out_dtype);
+    p.x_vectors = reinterpret_cast<uintptr_t>(a.x.data) % 16 == 0 && (a.tokens == 1 || a.stride % 8 == 0);
+    return p;
+}
+
+constexpr int kChunkInputs = 128;
+
+// The weights of one chunk and `strips` x 16 channels, as one warp keeps them in shared memory. No other warp reads
+// them; the codes not even another lane.
+template <int strips>
+struct WarpWeights {
+    static constexpr int kRows = 2 * strips;  // of eight channels
+    static constexpr int kChannels = 16 * strips;
+    static constexpr int kCodeBytes = kRows * 32 * 16;   // [row][lane]
+    static constexpr int kScaleBytes = 32 * 4 * strips;  // [scales, zeros][block][channel]
+    static constexpr int kBytes = kCodeBytes + kScaleBytes;
+
+    uint4 codes[kRows];
+    uint32_t scales[kRows], zeros[kRows];  // twice the same 16 bits
+
+    // Starts the copies; what lies outside of the matrix becomes a weight of zero.
+    __device__ static __forceinline__ void copy(const W4a16& p, int channel, int chunk, uint32_t target, int lane) {
+        const int block = 2 * chunk + lane % 4 / 2;
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+            const int n = channel + 8 * row + lane / 4;
+            const bool valid = n < p.outputs && block < p.blocks;
+            const size_t word = (static_cast<size_t>(n / 4) * p.blocks + block) * 64 + n % 4 * 16 + lane % 2 * 8;
+            ptx::copy_16(target + (row * 32 + lane) * 16, p.qweight + (valid ? word : 0), valid);
+        }
+        const int n = channel + lane % 8 * 2 * strips, scale_block = 2 * chunk + lane / 8 % 2;
+        const bool valid = n < p.outputs && scale_block < p.blocks;
+        const size_t index = static_cast<size_t>(scale_block / p.blocks_per_group) * p.outputs + n;
+        const uint16_t* source = static_cast<const uint16_t*>(lane < 16 ? p.scales : p.zeros);
+        ptx::copy_few<4 * strips>(target + kCodeBytes + lane * 4 * strips, source + (valid ? index : 0), valid);
+    }
+
+    // After the copies have arrived, and a __syncwarp.
+    __device__ __forceinline__ void load(const uint8_t* source, int lane) {
+        const uint16_t* scale = reinterpret_cast<const uint16_t*>(source + kCodeBytes) + lane % 4 / 2 * kChannels;
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+            codes[row] = reinterpret_cast<const uint4*>(source)[row * 32 + lane];
+            scales[row] = scale[8 * row + lane / 4] * 0x10001u;
+            zeros[row] = scale[2 * kChannels + 8 * row + lane / 4] * 0x10001u;
+        }
+    }
+};
+
+__device__ __forceinline__ uint32_t component(const uint4& words, int i) {
+    return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
+// Two weights, rounded once as the definition has it: code * scale + zero as one fused operation in the scales' dtype.
+// The code becomes the last bits of a power of two whose spacing is one, and subtracting that power is exact.
+template <bool is_bf16>
+__device__ __forceinline__ uint32_t decode_pair(uint32_t word, int nibble, uint32_t scale, uint32_t zero) {
+    const uint32_t raised = (word >> 4 * nibble & 0x000f000fu) | (is_bf16 ? 0x43004300u : 0x64006400u);
+    uint32_t result;
+    if constexpr (is_bf16) {
+        const uint32_t power = 0x43004300u;  // 128
+        const __nv_bfloat162 codes =
+            __hsub2(reinterpret_cast<const __nv_bfloat162&>(raised), reinterpret_cast<const __nv_bfloat162&>(power));
+        reinterpret_cast<__nv_bfloat162&>(result) = __hfma2(codes, reinterpret_cast<const __nv_bfloat162&>(scale),
+                                                            reinterpret_cast<const __nv_bfloat162&>(zero));
+    } else {
+        const uint32_t power = 0x64006400u;  // 1024
+        const __half2 codes =
+            __hsub2(reinterpret_cast<const __half2&>(raised), reinterpret_cast<const __half2&>(power));
+        reinterpret_cast<__half2&>(result) =
+            __hfma2(codes, reinterpret_cast<const __half2&>(scale), reinterpret_cast<const __half2&>(zero));
+    }
+    return result;
+}
+
+// The fragment of one strip in step (word, half) of a chunk.
+template <bool is_bf16, int strips>
+__device__ __forceinline__ void decode_fragment(const WarpWeights<strips>& weights, int strip, int word, int half,
+                                                uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = 2 * strip + i % 2;
+        a[i] = decode_pair<is_bf16>(component(weights.codes[row], word), 2 * half + i / 2, weights.scales[row],
+                                    weights.zeros[row]);
+    }
+}
+
+// Eight neighbouring elements of a 16-bit row, wherever it starts.
+__device__ __forceinline__ uint4 load_piece(const uint16_t* source, bool vectors) {
+    if (vectors) return __ldg(reinterpret_cast<const uint4*>(source));
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        words[i] = __ldg(source + 2 * i) | static_cast<uint32_t>(__ldg(source + 2 * i + 1)) << 16;
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+__device__ __forceinline__ uint32_t round_to_16_bits(float value, DType dtype) {
+    return dtype == DType::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                : __half_as_ushort(__float2half_rn(value));
+}
+
+// Four neighbouring channels; the number of channels is a multiple of four.
+__device__ __forceinline__ void store_quad(const W4a16& p, int token, int n, const float (&y)[4]) {
+    const size_t index = static_cast<size_t>(token) * p.outputs + n;
+    if (p.out_dtype == DType::f32) {
+        *reinterpret_cast<float4*>(static_cast<float*>(p.out) + index) = make_float4(y[0], y[1], y[2], y[3]);
+        return;
+    }
+    uint32_t bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = round_to_16_bits(y[i], p.out_dtype);
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + index) =
+        make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+}
+
+}  // namespace nk::cuda
