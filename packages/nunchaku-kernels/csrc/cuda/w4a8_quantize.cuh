@@ -523,7 +523,9 @@ inline Plan plan(int largest_team, const QuantizeArguments& a) {
         const Plan candidate = plan_for(tokens, largest_team, a);
         if (candidate.ctas < processors) continue;
         if (candidate.resident) return candidate;
-        if (!streamed.tokens && candidate.slots >= kOverlappingSlots) streamed = candidate;
+        // Streaming stalls more often: it needs the second CTA of every multiprocessor.
+        if (!streamed.tokens && candidate.slots >= kOverlappingSlots && candidate.ctas >= 2 * processors)
+            streamed = candidate;
     }
     return streamed.tokens ? streamed : plan_for(8, largest_team, a);
 }
