@@ -3,8 +3,9 @@
 // Y^T = W X^T on m16n8k16, weights as the 16-row operand. Sixteen neighbouring bytes of the AWQ order are 32 inputs of
 // one channel, and that is a lane's load: lane 4g + q takes channels g and g + 8 of a strip and inputs 32q .. 32q + 31
 // of a chunk of 128. Nibble j of both 16-bit halves of its i-th 32-bit word is the pair of inputs 32q + 8j + 2i, + 1.
-// A product sums over inputs in any order, so step (i, h) of the chunk multiplies, in lane q, the pairs (i, 2h) and
-// (i, 2h + 1): the lane decodes its own fragment, and finds the tokens' side in words i of two 16-byte pieces of x.
+// A product sums over inputs in any order, so step 2j + h of the eight of a chunk multiplies, in lane q, the pairs of
+// words 2h and 2h + 1: the lane decodes its own fragment, and the tokens' side is half of a 16-byte piece of x, in two
+// neighbouring registers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +17,8 @@
 #include "../ops.h"
 #include "ptx/async_copy.h"
 #include "ptx/async_copy_few.h"
+#include "ptx/logic.h"
+#include "ptx/mma.h"
 
 namespace nk::cuda {
 
@@ -105,7 +108,7 @@ __device__ __forceinline__ uint32_t component(const uint4& words, int i) {
 // The code becomes the last bits of a power of two whose spacing is one, and subtracting that power is exact.
 template <bool is_bf16>
 __device__ __forceinline__ uint32_t decode_pair(uint32_t word, int nibble, uint32_t scale, uint32_t zero) {
-    const uint32_t raised = (word >> 4 * nibble & 0x000f000fu) | (is_bf16 ? 0x43004300u : 0x64006400u);
+    const uint32_t raised = ptx::and_or(word >> 4 * nibble, 0x000f000fu, is_bf16 ? 0x43004300u : 0x64006400u);
     uint32_t result;
     if constexpr (is_bf16) {
         const uint32_t power = 0x43004300u;  // 128
@@ -123,16 +126,22 @@ __device__ __forceinline__ uint32_t decode_pair(uint32_t word, int nibble, uint3
     return result;
 }
 
-// The fragment of one strip in step (word, half) of a chunk.
+// The fragment of one strip in one of the eight steps of a chunk.
 template <bool is_bf16, int strips>
-__device__ __forceinline__ void decode_fragment(const WarpWeights<strips>& weights, int strip, int word, int half,
+__device__ __forceinline__ void decode_fragment(const WarpWeights<strips>& weights, int strip, int step,
                                                 uint32_t (&a)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = 2 * strip + i % 2;
-        a[i] = decode_pair<is_bf16>(component(weights.codes[row], word), 2 * half + i / 2, weights.scales[row],
+        a[i] = decode_pair<is_bf16>(component(weights.codes[row], step % 2 * 2 + i / 2), step / 2, weights.scales[row],
                                     weights.zeros[row]);
     }
+}
+
+// Adds the products of the fragment of a step; `piece` is the step / 2-th of the lane.
+template <bool is_bf16>
+__device__ __forceinline__ void multiply_step(float (&sums)[4], const uint32_t (&a)[4], const uint4& piece, int step) {
+    ptx::mma_16<is_bf16>(sums, a, component(piece, step % 2 * 2), component(piece, step % 2 * 2 + 1));
 }
 
 // Eight neighbouring elements of a 16-bit row, wherever it starts.

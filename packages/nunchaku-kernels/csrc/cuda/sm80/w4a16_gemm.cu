@@ -6,7 +6,6 @@
 #include <limits>
 
 #include "../kernels.h"
-#include "../ptx/mma.h"
 #include "../w4a16.cuh"
 
 namespace nk::cuda::sm80 {
@@ -19,6 +18,7 @@ constexpr int kTokenBytes = 2 * kChunkInputs, kPieces = kTokenBytes / 16;  // of
 constexpr int kStagedTokens = 16;                                          // output tokens a warp turns at a time
 using Weights = WarpWeights<kStrips>;
 constexpr int kOutputPitch = Weights::kChannels + 4;  // floats: no bank conflicts
+constexpr int kTogether = 2;                          // token blocks between two products that depend on each other
 constexpr int kFragments = kStrips * 4;               // of half a chunk
 
 template <int tokens, int k_warps>
@@ -65,7 +65,7 @@ struct Fragments {
 
     template <bool is_bf16>
     __device__ __forceinline__ void decode(const Weights& weights, int half, int fragment) {
-        decode_fragment<is_bf16>(weights, fragment % kStrips, fragment / kStrips, half, a[fragment]);
+        decode_fragment<is_bf16>(weights, fragment % kStrips, 4 * half + fragment / kStrips, a[fragment]);
     }
 };
 
@@ -76,23 +76,33 @@ __device__ __forceinline__ void multiply(const Fragments& fragments, const uint8
                                          float (&sums)[kStrips][S::kTokenBlocks][4]) {
     const uint8_t* row = tile + lane / 4 * kTokenBytes;
     const int place = piece_place(lane / 4, lane % 4 * 4);
-    const auto load = [&](int block, int i) {
-        return *reinterpret_cast<const uint4*>(row + block * 8 * kTokenBytes + 16 * (place ^ (2 * half + i)));
+    uint4 x[kTogether][2], following[kTogether][2];
+    const auto load = [&](int first_block, uint4(&pieces)[kTogether][2]) {
+#pragma unroll
+        for (int b = 0; b < kTogether; ++b)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                pieces[b][i] = *reinterpret_cast<const uint4*>(row + (first_block + b) * 8 * kTokenBytes +
+                                                               16 * (place ^ (2 * half + i)));
     };
-    uint4 first = load(0, 0), second = load(0, 1);
+    load(0, x);
 #pragma unroll
-    for (int block = 0; block < S::kTokenBlocks; ++block) {
-        const uint4 x0 = first, x1 = second;
-        if (block + 1 < S::kTokenBlocks) first = load(block + 1, 0), second = load(block + 1, 1);
+    for (int block = 0; block < S::kTokenBlocks; block += kTogether) {
+        if (block + kTogether < S::kTokenBlocks) load(block + kTogether, following);
+        constexpr int kDecoded = kFragments * kTogether / S::kTokenBlocks;
 #pragma unroll
-        for (int i = 0; i < kFragments / S::kTokenBlocks; ++i)
-            decoded.decode<is_bf16>(next, next_half, block * (kFragments / S::kTokenBlocks) + i);
+        for (int i = 0; i < kDecoded; ++i) decoded.decode<is_bf16>(next, next_half, block / kTogether * kDecoded + i);
 #pragma unroll
-        for (int word = 0; word < 4; ++word)
+        for (int step = 0; step < 4; ++step)
 #pragma unroll
-            for (int s = 0; s < kStrips; ++s)
-                ptx::mma_16<is_bf16>(sums[s][block], fragments.a[word * kStrips + s], component(x0, word),
-                                     component(x1, word));
+            for (int b = 0; b < kTogether; ++b)
+#pragma unroll
+                for (int s = 0; s < kStrips; ++s)
+                    multiply_step<is_bf16>(sums[s][block + b], fragments.a[step * kStrips + s], x[b][step / 2], step);
+#pragma unroll
+        for (int b = 0; b < kTogether; ++b)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) x[b][i] = following[b][i];
     }
 }
 

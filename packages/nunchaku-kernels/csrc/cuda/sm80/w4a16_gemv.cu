@@ -2,7 +2,6 @@
 // inputs. The tokens are the eight columns of an mma, so that one token costs as much as eight; every weight is read
 // once. What is in flight waits in shared memory, not in registers, which lets several blocks live on a multiprocessor.
 #include "../kernels.h"
-#include "../ptx/mma.h"
 #include "../w4a16.cuh"
 
 namespace nk::cuda::sm80 {
@@ -54,14 +53,11 @@ __global__ void __launch_bounds__(kThreads, 3) gemv(const __grid_constant__ W4a1
         copy(chunk + kDepth * kWarps, slot);
         const Tokens following = load_tokens(p, chunk + kWarps, lane);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int word = 0; word < 4; ++word) {
-                uint32_t a[4];
-                decode_fragment<is_bf16>(weights, 0, word, half, a);
-                ptx::mma_16<is_bf16>(sums[word % 2], a, component(tokens.pieces[2 * half], word),
-                                     component(tokens.pieces[2 * half + 1], word));
-            }
+        for (int step = 0; step < 8; ++step) {
+            uint32_t a[4];
+            decode_fragment<is_bf16>(weights, 0, step, a);
+            multiply_step<is_bf16>(sums[step % 2], a, tokens.pieces[step / 2], step);
+        }
         tokens = following;
     }
 
