@@ -111,36 +111,52 @@ __device__ __forceinline__ void load_tokens(const Arguments& a, int first_token,
     }
 }
 
-// Adds the products of one group of 64 inputs, the `half`-th of the chunk in `tile`.
+// The decoded weights of one group of 64 inputs: operands of two steps.
+struct Operands {
+    uint32_t strips[kStrips][2][4];
+};
+
+// Word `w` (0..3) of a strip holds channel lane / 4 (+ 8 from w = 2 on) in step w % 2.
+__device__ __forceinline__ void decode_word(const Codes& codes, const Multipliers& multipliers, int half, uint32_t mask,
+                                            int s, int w, Operands& to) {
+    const uint4 words = codes.strips[s];
+    const uint32_t word = w == 0 ? words.x : w == 1 ? words.y : w == 2 ? words.z : words.w;
+    const GroupMultiplier multiplier(multipliers.rows[s][w / 2] >> 16 * half & 0xffff, mask);
+    decode(word, multiplier, to.strips[s][w % 2][w / 2], to.strips[s][w % 2][2 + w / 2]);
+}
+
+__device__ __forceinline__ void decode_all(const Codes& codes, const Multipliers& multipliers, int half, uint32_t mask,
+                                           Operands& to) {
+#pragma unroll
+    for (int i = 0; i < 4 * kStrips; ++i) decode_word(codes, multipliers, half, mask, i / 4, i % 4, to);
+}
+
+// Adds the products of one group of 64 inputs, the `half`-th of the chunk in `tile`, and decodes the next group meanwhile:
+// warps that wait for each other at the stages would otherwise all decode first and then all multiply.
 template <class S>
-__device__ __forceinline__ void multiply(const Codes& codes, const Multipliers& multipliers, int half, uint32_t tile,
-                                         int lane, int32_t (&sums)[kStrips][S::kTokenBlocks][4]) {
-    uint32_t a[kStrips][2][4];
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-        const uint4 words = codes.strips[s];
-        const GroupMultiplier upper(multipliers.rows[s][0] >> 16 * half & 0xffff);
-        const GroupMultiplier lower(multipliers.rows[s][1] >> 16 * half & 0xffff);
-        decode(words.x, upper, a[s][0][0], a[s][0][2]);
-        decode(words.y, upper, a[s][1][0], a[s][1][2]);
-        decode(words.z, lower, a[s][0][1], a[s][0][3]);
-        decode(words.w, lower, a[s][1][1], a[s][1][3]);
-    }
-    const uint32_t row = tile + lane % 8 * kChunk + 16 * ((4 * half + lane / 8) ^ lane % 8);
+__device__ __forceinline__ void multiply(const Operands& a, int half, uint32_t tile, int lane,
+                                         int32_t (&sums)[kStrips][S::kTokenBlocks][4], const Codes& next_codes,
+                                         const Multipliers& next_multipliers, int next_half, uint32_t mask,
+                                         Operands& next) {
     // Four blocks at a time: a product waits for the one before it on the same sums, and eight lie between.
-    constexpr int kAtOnce = S::kTokenBlocks < 4 ? S::kTokenBlocks : 4;
+    constexpr int kAtOnce = S::kTokenBlocks < 4 ? S::kTokenBlocks : 4, kRounds = S::kTokenBlocks / kAtOnce;
+    constexpr int kWords = 4 * kStrips / kRounds;
+    const uint32_t row = tile + lane % 8 * kChunk + 16 * ((4 * half + lane / 8) ^ lane % 8);
 #pragma unroll
-    for (int first = 0; first < S::kTokenBlocks; first += kAtOnce) {
+    for (int round = 0; round < kRounds; ++round) {
         uint32_t b[kAtOnce][4];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) ptx::ldmatrix_x4(b[i], row + (first + i) * 8 * kChunk);
+        for (int i = 0; i < kAtOnce; ++i) ptx::ldmatrix_x4(b[i], row + (round * kAtOnce + i) * 8 * kChunk);
+#pragma unroll
+        for (int w = round * kWords; w < (round + 1) * kWords; ++w)
+            decode_word(next_codes, next_multipliers, next_half, mask, w / 4, w % 4, next);
 #pragma unroll
         for (int step = 0; step < 2; ++step)
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
                 for (int s = 0; s < kStrips; ++s)
-                    ptx::mma_s8(sums[s][first + i], a[s][step], b[i][2 * step], b[i][2 * step + 1]);
+                    ptx::mma_s8(sums[s][round * kAtOnce + i], a.strips[s][step], b[i][2 * step], b[i][2 * step + 1]);
     }
 }
 
@@ -225,10 +241,14 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
             ptx::commit_copies();
         }
         const WeightSource source(a, active ? channel : 0, lane);
-        // A lane that has nothing to do loads what the first one loads.
+        // A lane that has nothing to do loads what the first one loads. Weights are loaded one group of 64 inputs ahead of
+        // being decoded, and decoded one ahead of being multiplied.
         int chunk = k_warp < chunks ? k_warp : 0;
-        Codes codes = source.codes(2 * chunk);
+        const uint32_t mask = code_mask();
         Multipliers multipliers = source.chunk_multipliers(chunk);
+        Operands even, odd;  // of the first and second half of a chunk
+        decode_all(source.codes(2 * chunk), multipliers, 0, mask, even);
+        Codes codes = source.codes(2 * chunk + 1);
         for (int step = 0; step < steps; ++step) {
             ptx::wait_for_copies<kStages - 2>();
             __syncthreads();  // the stage is here, and everybody is done with the one that is filled next
@@ -238,14 +258,12 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
             if (!active || step * S::kKWarps + k_warp >= chunks) continue;
             const uint32_t tile = stages + step % kStages * S::kStageBytes + k_warp * S::kTileBytes;
             const int next_chunk = chunk + S::kKWarps < chunks ? chunk + S::kKWarps : chunk;
-            Codes following = source.codes(2 * chunk + 1);
-            multiply<S>(codes, multipliers, 0, tile, lane, sums);
-            codes = following;
-            following = source.codes(2 * next_chunk);
-            const Multipliers following_multipliers = source.chunk_multipliers(next_chunk);
-            multiply<S>(codes, multipliers, 1, tile, lane, sums);
-            codes = following;
-            multipliers = following_multipliers;
+            const Codes first = source.codes(2 * next_chunk);
+            const Multipliers next_multipliers = source.chunk_multipliers(next_chunk);
+            multiply<S>(even, 0, tile, lane, sums, codes, multipliers, 1, mask, odd);
+            codes = source.codes(2 * next_chunk + 1);
+            multiply<S>(odd, 1, tile, lane, sums, first, next_multipliers, 0, mask, even);
+            multipliers = next_multipliers;
             chunk = next_chunk;
         }
         ptx::wait_for_copies<0>();

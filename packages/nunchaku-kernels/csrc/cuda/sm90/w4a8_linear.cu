@@ -164,13 +164,23 @@ __device__ void load_hidden(const Arguments& a, uint8_t* hidden, int thread,
     }
 }
 
-// One group of 64 inputs: the A operands of two products for the warp's 16 channels.
-__device__ __forceinline__ void decode_group(uint4 codes, uint32_t upper, uint32_t lower, uint32_t (&a)[2][4]) {
-    const GroupMultiplier first(upper & 0xffff), second(lower & 0xffff);
-    decode(codes.x, first, a[0][0], a[0][2]);
-    decode(codes.y, first, a[1][0], a[1][2]);
-    decode(codes.z, second, a[0][1], a[0][3]);
-    decode(codes.w, second, a[1][1], a[1][3]);
+// The A operands of a chunk for a warp's 16 channels, and the multipliers of its two groups for the lane's two channels.
+struct Operands {
+    uint32_t steps[4][4];
+};
+struct Multipliers {
+    uint32_t upper, lower;
+};
+
+__device__ __forceinline__ void decode_chunk(const uint4 (&codes)[2], Multipliers m, uint32_t mask, Operands& a) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const GroupMultiplier upper(m.upper >> 16 * half & 0xffff, mask), lower(m.lower >> 16 * half & 0xffff, mask);
+        decode(codes[half].x, upper, a.steps[2 * half][0], a.steps[2 * half][2]);
+        decode(codes[half].y, upper, a.steps[2 * half + 1][0], a.steps[2 * half + 1][2]);
+        decode(codes[half].z, lower, a.steps[2 * half][1], a.steps[2 * half][3]);
+        decode(codes[half].w, lower, a.steps[2 * half + 1][1], a.steps[2 * half + 1][3]);
+    }
 }
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
@@ -179,48 +189,67 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
     return v;
 }
 
-// y += (lora_act * rank_scale) proj_up^T.
-template <int tokens, bool is_bf16>
-__device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t hidden, int strip_channel, int lane,
-                                             uint32_t& parity, Barriers<Layout<tokens>::kStages> barriers,
-                                             float (&y)[tokens / 2]) {
+// The factors of one block of ranks for a warp's 16 channels; a rank that does not exist repeats the last ones.
+struct UpFactors {
+    uint4 steps[kRankBlock / 16];
+};
+
+__device__ __forceinline__ UpFactors load_up(const Arguments& a, int strip_channel, int first_rank, int lane) {
     const uint4* up =
         static_cast<const uint4*>(a.proj_up) + static_cast<size_t>(strip_channel / 16) * (a.rank / 16) * 32 + lane;
+    UpFactors result{};
+    if (a.rank) {
+#pragma unroll
+        for (int step = 0; step < kRankBlock / 16; ++step)
+            result.steps[step] = __ldg(up + min(first_rank / 16 + step, a.rank / 16 - 1) * 32);
+    }
+    return result;
+}
+
+// y += (lora_act * rank_scale) proj_up^T. `up` has the factors of the first block of ranks.
+template <int tokens, bool is_bf16>
+__device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t hidden, int strip_channel, int lane,
+                                             UpFactors up, uint32_t& parity,
+                                             Barriers<Layout<tokens>::kStages> barriers, float (&y)[tokens / 2]) {
     const uint64_t b = ptx::wgmma_operand(hidden);
 #pragma unroll 1
     for (int first = 0; first < a.rank; first += kRankBlock) {
-        uint32_t factors[kRankBlock / 16][4];
-#pragma unroll
-        for (int step = 0; step < kRankBlock / 16; ++step) {
-            const uint4 words = __ldg(up + min(first / 16 + step, a.rank / 16 - 1) * 32);
-            factors[step][0] = words.x, factors[step][1] = words.z, factors[step][2] = words.y,
-            factors[step][3] = words.w;
-        }
+        if (first) up = load_up(a, strip_channel, first, lane);
         ptx::wait(barriers.hidden_full(), parity);
         parity ^= 1;
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kRankBlock / 16; ++step)
-            if (first + 16 * step < a.rank)
-                ptx::Wgmma<tokens>::template half<is_bf16>(y, factors[step], b + 2 * step);
+            if (first + 16 * step < a.rank) {
+                const uint4 words = up.steps[step];
+                const uint32_t factors[4] = {words.x, words.z, words.y, words.w};
+                ptx::Wgmma<tokens>::template half<is_bf16>(y, factors, b + 2 * step);
+            }
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         if (lane == 0) ptx::arrive(barriers.hidden_empty());
     }
 }
 
+// What the sums of the lane's two channels are multiplied by, and what is added.
+struct ChannelTerms {
+    float scale[2], factor[2], bias[2];
+
+    __device__ __forceinline__ ChannelTerms(const Arguments& a, int channel) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const int n = channel + 8 * row;
+            scale[row] = a.row_scales ? __ldg(a.row_scales + n) : 1.0f;
+            factor[row] = a.wcscales ? load_float(a.wcscales, a.wcscales_dtype, vector_position(n)) : 1.0f;
+            bias[row] = a.bias ? load_float(a.bias, a.bias_dtype, vector_position(n)) : 0.0f;
+        }
+    }
+};
+
 // Sums to fp32 outputs without the low-rank branch; `ascales` has those of the tile's tokens, from the lane's first one on.
 template <int tokens>
-__device__ __forceinline__ void scale_sums(const Arguments& a, int channel, uint32_t ascales,
+__device__ __forceinline__ void scale_sums(const ChannelTerms& terms, uint32_t ascales,
                                            const int32_t (&sums)[tokens / 2], float (&y)[tokens / 2]) {
-    float scale[2], factor[2], bias[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        const int n = channel + 8 * row;
-        scale[row] = __ldg(a.row_scales + n);
-        factor[row] = a.wcscales ? load_float(a.wcscales, a.wcscales_dtype, vector_position(n)) : 1.0f;
-        bias[row] = a.bias ? load_float(a.bias, a.bias_dtype, vector_position(n)) : 0.0f;
-    }
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block) {
         float ascale[2];
@@ -228,7 +257,8 @@ __device__ __forceinline__ void scale_sums(const Arguments& a, int channel, uint
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             y[4 * block + i] =
-                static_cast<float>(sums[4 * block + i]) * ascale[i % 2] * scale[i / 2] * factor[i / 2] + bias[i / 2];
+                static_cast<float>(sums[4 * block + i]) * ascale[i % 2] * terms.scale[i / 2] * terms.factor[i / 2] +
+                terms.bias[i / 2];
     }
 }
 
@@ -327,6 +357,8 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
     const int groups = a.padded_k / kGroup, chunks = a.padded_k / kChunk;
     const uint32_t strip = shared + L::kWeights + (4 * consumer + warp) * kStripBytes + 16 * lane;
     const int consumer_thread = threadIdx.x - 128;
+    const uint64_t tokens_operand = ptx::wgmma_operand(shared);
+    const uint32_t mask = code_mask();
     Ring<L::kStages> ring;
     uint32_t hidden_parity = 0, output_parity = 1;
     int scale_set = 0;
@@ -337,42 +369,69 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         int32_t sums[tokens / 2] = {};  // zeros: without them ptxas keeps the registers alive from tile to tile
         const float my_ascale =
             a.sums ? 0.0f : __ldg(a.ascales + min(tile.token + min(consumer_thread, tokens - 1), a.tokens - 1));
-        const int16_t* upper_row = a.multipliers + static_cast<size_t>(channel) * groups;
-        const int16_t* lower_row = upper_row + 8 * groups;
-        uint32_t upper = __ldg(reinterpret_cast<const uint32_t*>(upper_row));
-        uint32_t lower = __ldg(reinterpret_cast<const uint32_t*>(lower_row));
-        uint32_t operand[2][2][4];
-        int previous = -1;
-#pragma unroll 1
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            const int next = min(chunk + 1, chunks - 1);
-            const uint32_t next_upper = __ldg(reinterpret_cast<const uint32_t*>(upper_row) + next);
-            const uint32_t next_lower = __ldg(reinterpret_cast<const uint32_t*>(lower_row) + next);
-            ptx::wait(barriers.full(ring.stage), ring.parity);
-            const uint32_t codes = strip + ring.stage * kWeightBytes;
-            const uint4 first = load_shared(codes), second = load_shared(codes + kChannels * kGroup / 2);
-            const uint64_t b = ptx::wgmma_operand(shared + ring.stage * L::kTokenBytes);
-
-            decode_group(first, upper, lower, operand[0]);
+        const ChannelTerms terms(a, channel);  // early, as all that the end of the tile would wait for
+        const UpFactors up = load_up(a, strip_channel, 0, lane);
+        const uint32_t* upper_row =
+            reinterpret_cast<const uint32_t*>(a.multipliers + static_cast<size_t>(channel) * groups);
+        const uint32_t* lower_row = upper_row + 4 * groups;  // eight channels on
+        const auto multipliers_of = [&](int chunk) {
+            const int existing = min(chunk, chunks - 1);
+            return Multipliers{__ldg(upper_row + existing), __ldg(lower_row + existing)};
+        };
+        const auto codes_of = [&](const Ring<L::kStages>& at, uint4 (&codes)[2]) {
+            ptx::wait(barriers.full(at.stage), at.parity);
+            codes[0] = load_shared(strip + at.stage * kWeightBytes);
+            codes[1] = load_shared(strip + at.stage * kWeightBytes + kChannels * kGroup / 2);
+        };
+        const auto issue = [&](const Operands& a_operands) {
+            const uint64_t b = tokens_operand + ring.stage * (L::kTokenBytes >> 4);
             ptx::wgmma_fence();
-            ptx::Wgmma<tokens>::s8(sums, operand[0][0], b);
-            ptx::Wgmma<tokens>::s8(sums, operand[0][1], b + 2);
+#pragma unroll
+            for (int step = 0; step < 4; ++step) ptx::Wgmma<tokens>::s8(sums, a_operands.steps[step], b + 2 * step);
             ptx::wgmma_commit();
-            ptx::wgmma_wait<1>();  // the chunk before is multiplied
-            if (previous >= 0 && lane == 0) ptx::arrive(barriers.empty(previous));
-
-            decode_group(second, upper >> 16, lower >> 16, operand[1]);
-            ptx::wgmma_fence();
-            ptx::Wgmma<tokens>::s8(sums, operand[1][0], b + 4);
-            ptx::Wgmma<tokens>::s8(sums, operand[1][1], b + 6);
-            ptx::wgmma_commit();
-            ptx::wgmma_wait<1>();
-            previous = ring.stage;
-            upper = next_upper, lower = next_lower;
+        };
+        // Starts a chunk's products, and decodes the next chunk while they run.
+        Multipliers multipliers = multipliers_of(0), next_multipliers = multipliers_of(1);
+        int chunk = 0, finished = -1;
+        const auto step = [&](const Operands& current, Operands& next) {
+            issue(current);
+            const int stage = ring.stage;
             ring.advance();
+            uint4 codes[2];
+            codes_of(ring, codes);
+            multipliers = next_multipliers;
+            next_multipliers = multipliers_of(++chunk + 1);
+            ptx::wgmma_wait<1>();
+            if (finished >= 0 && lane == 0) ptx::arrive(barriers.empty(finished));
+            finished = stage;
+            decode_chunk(codes, multipliers, mask, next);
+        };
+        const auto last = [&](const Operands& current) {
+            issue(current);
+            ptx::wgmma_wait<0>();
+            if (lane == 0) {
+                if (finished >= 0) ptx::arrive(barriers.empty(finished));
+                ptx::arrive(barriers.empty(ring.stage));
+            }
+            ring.advance();
+        };
+        Operands even, odd;
+        {
+            uint4 codes[2];
+            codes_of(ring, codes);
+            decode_chunk(codes, multipliers, mask, even);
         }
-        ptx::wgmma_wait<0>();
-        if (lane == 0) ptx::arrive(barriers.empty(previous));
+#pragma unroll 1
+        while (chunk + 2 < chunks) {
+            step(even, odd);
+            step(odd, even);
+        }
+        if (chunk + 1 < chunks) {
+            step(even, odd);
+            last(odd);
+        } else {
+            last(even);
+        }
 
         const int first_token = tile.token + lane % 4 * 2;
         if (a.sums) {
@@ -394,12 +453,14 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         if (consumer_thread < tokens)
             asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * consumer_thread), "f"(my_ascale) : "memory");
         ptx::sync_threads<1, 128 * kConsumers>();
-        scale_sums<tokens>(a, channel, scales + lane % 4 * 8, sums, y);
+        scale_sums<tokens>(terms, scales + lane % 4 * 8, sums, y);
         if (a.rank) {
             if (a.up_dtype == DType::bf16)
-                add_low_rank<tokens, true>(a, shared + L::kOutput, strip_channel, lane, hidden_parity, barriers, y);
+                add_low_rank<tokens, true>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity,
+                                           barriers, y);
             else
-                add_low_rank<tokens, false>(a, shared + L::kOutput, strip_channel, lane, hidden_parity, barriers, y);
+                add_low_rank<tokens, false>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity,
+                                           barriers, y);
             ptx::sync_threads<1, 128 * kConsumers>();  // the hidden state makes room for outputs
         } else {
             ptx::wait(barriers.output_empty(), output_parity);
@@ -420,7 +481,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             const __grid_constant__ Arguments a) {
     using L = Layout<tokens>;
     extern __shared__ __align__(1024) uint8_t memory[];  // the swizzle counts from multiples of 1024
-    const uint32_t shared = ptx::shared_address(memory);
+    uint32_t shared;  // volatile, or it is computed again wherever it is needed
+    asm volatile("mov.u32 %0, %1;" : "=r"(shared) : "r"(ptx::shared_address(memory)));
     const Barriers<L::kStages> barriers{shared + L::kBarriers};
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
