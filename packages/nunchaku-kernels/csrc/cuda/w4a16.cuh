@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../numerics/layout.h"
@@ -29,7 +30,8 @@ struct W4a16 {
     void* out;
     int64_t stride;
     int tokens, inputs, outputs;
-    int blocks, blocks_per_group;  // of 64 inputs
+    int blocks;             // of 64 inputs
+    uint32_t group_factor;  // block * group_factor >> 31 is its group
     DType x_dtype, scales_dtype, bias_dtype, out_dtype;
     bool x_vectors;  // rows of a 16-bit x start at multiples of 16 bytes
 };
@@ -47,7 +49,9 @@ inline W4a16 make_w4a16(const AwqArguments& a) {
     p.inputs = static_cast<int>(a.in_features);
     p.outputs = static_cast<int>(a.out_features);
     p.blocks = static_cast<int>(a.in_features / kGroup);
-    p.blocks_per_group = static_cast<int>(a.group_size / static_cast<int64_t>(kGroup));
+    // A quotient rounded up is exact while block * divisor stays below 2^31.
+    const int64_t blocks_per_group = std::min<int64_t>(a.group_size / kGroup, p.blocks);
+    p.group_factor = static_cast<uint32_t>(((int64_t{1} << 31) + blocks_per_group - 1) / blocks_per_group);
     p.x_dtype = static_cast<DType>(a.x.dtype);
     p.scales_dtype = static_cast<DType>(a.scales_dtype);
     p.bias_dtype = static_cast<DType>(a.bias.dtype);
@@ -57,6 +61,11 @@ inline W4a16 make_w4a16(const AwqArguments& a) {
 }
 
 constexpr int kChunkInputs = 128;
+constexpr int64_t kMaxInputs = int64_t{1} << 21;  // for W4a16::group_factor
+
+__device__ __forceinline__ size_t group_of(const W4a16& p, int block) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(block)) * p.group_factor >> 31;
+}
 
 // The weights of one chunk and `strips` x 16 channels, as one warp keeps them in shared memory. No other warp reads
 // them; the codes not even another lane.
@@ -71,21 +80,39 @@ struct WarpWeights {
     uint4 codes[kRows];
     uint32_t scales[kRows], zeros[kRows];  // twice the same 16 bits
 
-    // Starts the copies; what lies outside of the matrix becomes a weight of zero.
-    __device__ static __forceinline__ void copy(const W4a16& p, int channel, int chunk, uint32_t target, int lane) {
-        const int block = 2 * chunk + lane % 4 / 2;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-            const int n = channel + 8 * row + lane / 4;
-            const bool valid = n < p.outputs && block < p.blocks;
-            const size_t word = (static_cast<size_t>(n / 4) * p.blocks + block) * 64 + n % 4 * 16 + lane % 2 * 8;
-            ptx::copy_16(target + (row * 32 + lane) * 16, p.qweight + (valid ? word : 0), valid);
+    // Where a lane finds its share.
+    struct Source {
+        const uint16_t *codes, *scales;
+        size_t row_stride;             // of codes, eight channels
+        int channels, scale_channels;  // outputs from the lane's first one on; for codes, and for scales
+        int block, scale_block;        // inside of a chunk
+
+        __device__ __forceinline__ Source(const W4a16& p, int channel, int lane) {
+            const int n = channel + lane / 4, scale_n = channel + lane % 8 * 2 * strips;
+            codes =
+                p.qweight + static_cast<size_t>(n / 4) * p.blocks * 64 + n % 4 * 16 + lane % 4 * 8 + lane % 4 / 2 * 48;
+            scales = static_cast<const uint16_t*>(lane < 16 ? p.scales : p.zeros) + scale_n;
+            row_stride = static_cast<size_t>(p.blocks) * 128;
+            channels = p.outputs - n;
+            scale_channels = p.outputs - scale_n;
+            block = lane % 4 / 2;
+            scale_block = lane / 8 % 2;
         }
-        const int n = channel + lane % 8 * 2 * strips, scale_block = 2 * chunk + lane / 8 % 2;
-        const bool valid = n < p.outputs && scale_block < p.blocks;
-        const size_t index = static_cast<size_t>(scale_block / p.blocks_per_group) * p.outputs + n;
-        const uint16_t* source = static_cast<const uint16_t*>(lane < 16 ? p.scales : p.zeros);
-        ptx::copy_few<4 * strips>(target + kCodeBytes + lane * 4 * strips, source + (valid ? index : 0), valid);
+    };
+
+    // Starts the copies; what lies outside of the matrix becomes a weight of zero.
+    __device__ static __forceinline__ void copy(const W4a16& p, const Source& source, int chunk, uint32_t target,
+                                                int lane) {
+        const bool inside = 2 * chunk + source.block < p.blocks;
+        const uint16_t* codes = source.codes + static_cast<size_t>(chunk) * kChunkInputs;
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+            ptx::copy_16(target + (row * 32 + lane) * 16, codes + row * source.row_stride,
+                         inside && 8 * row < source.channels);
+        const int block = 2 * chunk + source.scale_block;
+        ptx::copy_few<4 * strips>(target + kCodeBytes + lane * 4 * strips,
+                                  source.scales + group_of(p, block) * p.outputs,
+                                  block < p.blocks && 0 < source.scale_channels);
     }
 
     // After the copies have arrived, and a __syncwarp.

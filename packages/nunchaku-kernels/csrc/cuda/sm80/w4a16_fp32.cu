@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) linear(const __grid_constant__ W4a16
         for (int i = threadIdx.x; i < kTile * kTile / 4; i += kThreads) {
             const int row = i / 16, column = i % 16, k = column / 8 * 32 + column % 8;
             const bool valid = channel + row < p.outputs;
-            const size_t group = static_cast<size_t>(block / p.blocks_per_group) * p.outputs + channel + row;
+            const size_t group = group_of(p, block) * p.outputs + channel + row;
             const float scale = valid ? load_float(p.scales, p.scales_dtype, group) : 0.0f;
             const float zero = valid ? load_float(p.zeros, p.scales_dtype, group) : 0.0f;
             const int word = valid ? p.qweight[awq_word(channel + row, block * kTile + k, p.inputs)] : 0;

@@ -40,23 +40,42 @@ struct Shape {
 // place.
 __device__ __forceinline__ int piece_place(int token, int piece) { return piece ^ piece / 8 ^ token % 2 * 2; }
 
+// Where a thread finds the pieces that it copies: one of a token in every pass.
+constexpr int kTokensAtOnce = kThreads / kPieces;
+struct TokenSource {
+    const uint16_t* piece;
+    int64_t pass_stride;
+    int tokens, k;  // how many tokens there are from this one on; first input of the piece
+
+    __device__ __forceinline__ TokenSource(const W4a16& p, int first_token) {
+        const int token = first_token + threadIdx.x / kPieces;
+        k = threadIdx.x % kPieces * 8;
+        piece = static_cast<const uint16_t*>(p.x) + token * p.stride + k;
+        pass_stride = kTokensAtOnce * p.stride;
+        tokens = p.tokens - token;
+    }
+};
+
 // Starts the copies of the tokens of k_warps chunks.
 template <class S>
-__device__ __forceinline__ void copy_tokens(const W4a16& p, int first_token, int step, uint8_t* stage) {
-    constexpr int kRowsAtOnce = kThreads / kPieces, kRows = S::kKWarps * S::kTokens;
-    static_assert(kRows % kRowsAtOnce == 0);
-    const int piece = threadIdx.x % kPieces, thread_row = threadIdx.x / kPieces;
+__device__ __forceinline__ void copy_tokens(const W4a16& p, const TokenSource& from, int step, uint8_t* stage) {
+    constexpr int kPasses = S::kTokens / kTokensAtOnce;
+    static_assert(S::kTokens % kTokensAtOnce == 0);
+    // Tokens of different passes are an even number apart, which leaves the place of a piece as it is.
+    const int piece = threadIdx.x % kPieces, token = threadIdx.x / kPieces;
+    uint8_t* target = stage + token * kTokenBytes + 16 * piece_place(token, piece);
 #pragma unroll
-    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-        const int row = i * kRowsAtOnce + thread_row, token = row % S::kTokens, tile = row / S::kTokens;
-        const int k = (step * S::kKWarps + tile) * kChunkInputs + 8 * piece;
-        const bool valid = first_token + token < p.tokens && k < p.inputs;
-        const uint16_t* source = static_cast<const uint16_t*>(p.x) + (valid ? (first_token + token) * p.stride + k : 0);
-        uint8_t* target = stage + row * kTokenBytes + 16 * piece_place(token, piece);
-        if (p.x_vectors)
-            ptx::copy_16(ptx::shared_address(target), source, valid);
-        else
-            *reinterpret_cast<uint4*>(target) = valid ? load_piece(source, false) : uint4{};
+    for (int tile = 0; tile < S::kKWarps; ++tile) {
+        const int k = (step * S::kKWarps + tile) * kChunkInputs;
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass, target += kTokensAtOnce * kTokenBytes) {
+            const bool valid = kTokensAtOnce * pass < from.tokens && from.k + k < p.inputs;
+            const uint16_t* source = from.piece + pass * from.pass_stride + k;
+            if (p.x_vectors)
+                ptx::copy_16(ptx::shared_address(target), source, valid);
+            else
+                *reinterpret_cast<uint4*>(target) = valid ? load_piece(source, false) : uint4{};
+        }
     }
 }
 
@@ -179,10 +198,12 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ W4a1
     // A stage: one tile of tokens per chunk, then the weights of every warp.
     const auto stage = [&](int step) { return shared + step % kStages * S::kStageBytes; };
     const auto weights_of = [&](int step) { return stage(step) + S::kKWarps * S::kTileBytes + warp * Weights::kBytes; };
+    const TokenSource tokens(p, first_token);
+    const Weights::Source source(p, channel, lane);
     const auto copy = [&](int step) {
         if (step < steps) {
-            copy_tokens<S>(p, first_token, step, stage(step));
-            Weights::copy(p, channel, step * S::kKWarps + k_warp, ptx::shared_address(weights_of(step)), lane);
+            copy_tokens<S>(p, tokens, step, stage(step));
+            Weights::copy(p, source, step * S::kKWarps + k_warp, ptx::shared_address(weights_of(step)), lane);
         }
         ptx::commit_copies();
     };

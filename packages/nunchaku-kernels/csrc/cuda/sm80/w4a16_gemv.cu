@@ -35,8 +35,9 @@ __global__ void __launch_bounds__(kThreads, 3) gemv(const __grid_constant__ W4a1
     const int channel = blockIdx.x * Weights::kChannels;
     const int chunks = (p.inputs + kChunkInputs - 1) / kChunkInputs;
     const uint32_t ring = ptx::shared_address(shared[warp]);
+    const Weights::Source source(p, channel, lane);
     const auto copy = [&](int chunk, int slot) {
-        if (chunk < chunks) Weights::copy(p, channel, chunk, ring + slot * Weights::kBytes, lane);
+        if (chunk < chunks) Weights::copy(p, source, chunk, ring + slot * Weights::kBytes, lane);
         ptx::commit_copies();
     };
 #pragma unroll
