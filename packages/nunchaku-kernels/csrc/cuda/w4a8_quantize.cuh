@@ -1,4 +1,8 @@
-// The kernel behind w4a8_quantize: smoothing, token maximum, int8 and low-rank down projection in one pass over x.
+// The kernels behind w4a8_quantize: smoothing, token maximum, int8 and low-rank down projection in one pass over x.
+//
+// quantize_resident is for 16-bit x with aligned rows and a rank of at most 32: all of a team's x is in flight at once
+// and stays in shared memory, tiles have any number of tokens, so that they divide evenly among the multiprocessors.
+// quantize_tokens does everything else.
 //
 // A team (one CTA, or a cluster of CTAs) takes kTokens tokens, each of its warps every n-th 64-group of their channels.
 // A warp copies its groups into slots of shared memory that no other warp reads, so it waits for its own copies only,
@@ -47,6 +51,20 @@ struct Parameters {
     float* lora_act;
     int slots;               // of each warp
     bool partials_separate;  // low-rank sums do not go where x was, because further sweeps need it
+    int tile_tokens;         // of quantize_resident, whose `slots` are those of a CTA
+};
+
+// A CTA by itself: its barrier is the only one, and its shared memory the only one to read.
+struct Alone {
+    static constexpr int kLargest = 1;
+
+    static __device__ uint32_t size() { return 1; }
+    static __device__ uint32_t rank() { return 0; }
+    static __device__ void arrive() {}
+    static __device__ void arrive_relaxed() {}
+    static __device__ void wait() { __syncthreads(); }
+    static __device__ void raise(uint32_t* word, uint32_t value) { atomicMax(word, value); }
+    static __device__ float4 load(const char* address, uint32_t) { return *reinterpret_cast<const float4*>(address); }
 };
 
 template <int kElementBytes, int kTokens>
@@ -69,6 +87,14 @@ struct Slot {
     __device__ float* reciprocals() const { return reinterpret_cast<float*>(data + kTokens * kRowBytes); }
 };
 
+template <class Element>
+__device__ __forceinline__ float2 unpacked(uint32_t word) {
+    if constexpr (std::is_same_v<Element, BF16>)
+        return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+    else
+        return __half22float2(reinterpret_cast<const __half2&>(word));
+}
+
 // What a lane holds of 8 tokens x 64 channels: of token lane / 4 the channels 8 b + 2 (lane % 4) + {0, 1}, b = 0 .. 7.
 // For 16-bit types these are the B fragments of four m16n8k16 products.
 template <class Element>
@@ -86,12 +112,7 @@ struct Fragment {
             for (int i = 0; i < 4; ++i) words[half * 4 + i] = matrices[i];
         }
     }
-    __device__ float2 pair(int b) const {
-        if constexpr (std::is_same_v<Element, BF16>)
-            return {__uint_as_float(words[b] << 16), __uint_as_float(words[b] & 0xffff0000u)};
-        else
-            return __half22float2(reinterpret_cast<const __half2&>(words[b]));
-    }
+    __device__ float2 pair(int b) const { return unpacked<Element>(words[b]); }
 };
 
 template <>
@@ -194,6 +215,28 @@ __device__ __forceinline__ uint4 permuted_codes(const uint32_t (&codes)[8][2]) {
         words[2 * i + 1] = __byte_perm(own, other, odd);
     }
     return {words[0], words[1], words[2], words[3]};
+}
+
+__device__ __forceinline__ float load_smooth_at(const Parameters& p, int64_t position) {  // branchless: loads overlap
+    const bool wide = p.smooth_dtype == DType::f32;
+    const uint32_t bits = wide ? __ldg(static_cast<const uint32_t*>(p.smooth) + position)
+                               : __ldg(static_cast<const uint16_t*>(p.smooth) + position);
+    const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+    return p.smooth_dtype == DType::f16 ? half : __uint_as_float(wide ? bits : bits << 16);
+}
+
+// The lane's two neighbours in published order, ones where there is no vector.
+__device__ __forceinline__ float2 load_smooth(const Parameters& p, int group) {
+    const int64_t position = int64_t{group} * kGroupSize + threadIdx.x % 32 * 2;
+    return p.smooth ? make_float2(load_smooth_at(p, position), load_smooth_at(p, position + 1)) : make_float2(1, 1);
+}
+
+__device__ __forceinline__ void store_reciprocals(const Parameters& p, int group, float2 smooth, float* reciprocals) {
+    const int position = threadIdx.x % 32 * 2;
+    const int64_t k =
+        int64_t{group} * kGroupSize + position / 16 * 16 + position % 16 / 4 * 2 + position % 4 / 2 * 8;
+    reinterpret_cast<float2*>(reciprocals)[threadIdx.x % 32] = {k < p.channels ? __fdiv_rn(1.0f, smooth.x) : 0.0f,
+                                                                k + 1 < p.channels ? __fdiv_rn(1.0f, smooth.y) : 0.0f};
 }
 
 // Fewer unfinished copies than allowed are always right.
@@ -305,26 +348,9 @@ private:
         }
     }
 
-    // The lane's two neighbours in published order, ones where there is no vector.
-    __device__ float2 load_smooth(int i) const {
-        const int64_t position = int64_t{group(i)} * kGroupSize + threadIdx.x % 32 * 2;
-        return p_.smooth ? make_float2(load_smooth_at(position), load_smooth_at(position + 1)) : make_float2(1, 1);
-    }
-
-    __device__ float load_smooth_at(int64_t position) const {  // without branches, so that loads overlap
-        const bool wide = p_.smooth_dtype == DType::f32;
-        const uint32_t bits = wide ? __ldg(static_cast<const uint32_t*>(p_.smooth) + position)
-                                   : __ldg(static_cast<const uint16_t*>(p_.smooth) + position);
-        const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
-        return p_.smooth_dtype == DType::f16 ? half : __uint_as_float(wide ? bits : bits << 16);
-    }
-
+    __device__ float2 load_smooth(int i) const { return quantize::load_smooth(p_, group(i)); }
     __device__ void store_reciprocals(int i, float2 smooth) {
-        const int position = threadIdx.x % 32 * 2;
-        const int64_t k =
-            int64_t{group(i)} * kGroupSize + position / 16 * 16 + position % 16 / 4 * 2 + position % 4 / 2 * 8;
-        reinterpret_cast<float2*>(slot(i).reciprocals())[threadIdx.x % 32] = {
-            k < p_.channels ? __fdiv_rn(1.0f, smooth.x) : 0.0f, k + 1 < p_.channels ? __fdiv_rn(1.0f, smooth.y) : 0.0f};
+        quantize::store_reciprocals(p_, group(i), smooth, slot(i).reciprocals());
     }
 
     const Parameters& p_;
@@ -384,12 +410,20 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_tokens(const __grid_cons
     };
     const auto multiply = [&](const Prefetched& factors, const Fragment<Element>& x, int tile) {
         if constexpr (low_rank) {
+            // Tensor cores truncate, which adds up over long rows. Those have tiles of 8 tokens: sum them in fp32.
+            constexpr bool kLong = kTokens == 8;
+            float group_sums[kRankTiles][4] = {};
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
                 for (int ranks = 0; ranks < kRankTiles; ++ranks)
-                    ptx::mma_16<std::is_same_v<Element, BF16>>(sums[tile][ranks], factors.a[i][ranks], x.words[2 * i],
-                                                               x.words[2 * i + 1]);
+                    ptx::mma_16<std::is_same_v<Element, BF16>>(kLong ? group_sums[ranks] : sums[tile][ranks],
+                                                               factors.a[i][ranks], x.words[2 * i], x.words[2 * i + 1]);
+            if constexpr (kLong)
+#pragma unroll
+                for (int ranks = 0; ranks < kRankTiles; ++ranks)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[tile][ranks][i] += group_sums[ranks][i];
         }
     };
 
@@ -481,6 +515,266 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_tokens(const __grid_cons
     }
 }
 
+constexpr int kResidentMaximaBytes = 512;  // two words per token
+constexpr int kResidentTokens = 40;        // at most
+
+// low-rank sums of kTiles x 8 tokens and 32 ranks
+template <int kTiles>
+constexpr int kResidentPartialBytes = kTiles * 8 * kRankTiles * 16 * 4;
+
+// Slots as in Slot, but of p.tile_tokens rows; warps take every kCtaWarps-th slot of their CTA. Here the tokens are A
+// and the factor is B, whose published order needs no moves: of every 16 channels a lane has 2u, 2u + 1, 2u + 8 and
+// 2u + 9 of the tokens lane / 4 + 8 i, and one float4 has their reciprocals. Rows beyond the tile repeat its last.
+template <class Element, int kCtaWarps, int kTiles, bool low_rank, class Team>
+__global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
+    quantize_resident(const __grid_constant__ Parameters p) {
+    constexpr bool kCluster = Team::kLargest > 1;
+    constexpr int kPairs = (kTiles + 1) / 2, kBlocks = kRankTiles * 2;  // m16 tiles of tokens, n8 tiles of ranks
+    constexpr int kSteps = kGroupSize / 16;
+    extern __shared__ __align__(128) char shared[];
+    uint32_t* const own_maxima = reinterpret_cast<uint32_t*>(shared);
+    uint32_t* const maxima = kCluster ? own_maxima + kResidentMaximaBytes / 8 : own_maxima;
+    char* const slots = shared + kResidentMaximaBytes;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, u = lane % 4;
+    const int rows = p.tile_tokens, slot_bytes = rows * kGroupSize * 2 + kReciprocalBytes;
+    const int64_t first_token = static_cast<int64_t>(blockIdx.x / Team::size()) * rows;
+    const int first_group = static_cast<int>(Team::rank()) * p.slots + warp;
+    const int end_group = min(p.groups, static_cast<int>(Team::rank() + 1) * p.slots);
+    const int count = max(0, end_group - first_group + kCtaWarps - 1) / kCtaWarps;
+    const int step_bytes = kCtaWarps * slot_bytes;
+    char* const first_slot = slots + warp * slot_bytes;
+
+    {
+        const int piece = lane % 8, first_row = lane / 8;
+        const int valid_rows = static_cast<int>(min(static_cast<int64_t>(rows), p.tokens - first_token));
+        for (int i = 0; i < count; ++i) {
+            const int64_t k = int64_t{first_group + i * kCtaWarps} * kGroupSize + piece * 8;
+            const bool inside = k < p.channels;
+            const char* source = p.x + (first_token + first_row) * p.row_bytes + k * 2;
+            const uint32_t slot = ptx::shared_address(first_slot + i * step_bytes);
+#pragma unroll 4
+            for (int row = first_row; row < rows; row += 4) {
+                const bool valid = inside && row < valid_rows;
+                ptx::copy_16(slot + row * 128 + (piece ^ row % 8) * 16, valid ? source : p.x, valid);
+                source += 4 * p.row_bytes;
+            }
+            ptx::commit_copies();
+        }
+    }
+    for (int index = threadIdx.x; index < kResidentMaximaBytes / 4; index += kCtaWarps * 32) own_maxima[index] = 0;
+    uint4 factors[kSteps][kRankTiles] = {};
+    const auto load_factors = [&](int step, int group) {
+        if constexpr (low_rank) {
+            const int tiles = p.rank / 16;
+            const uint4* source = p.proj_down + (int64_t{group * kSteps + step} * tiles) * 32 + lane;
+            factors[step][0] = __ldg(source);
+            if (tiles > 1) factors[step][1] = __ldg(source + 32);
+        }
+    };
+    if (count > 0)
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) load_factors(step, first_group);
+    constexpr int kBatch = 4;
+    for (int first = 0; first < count; first += kBatch) {
+        float2 smooth[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+            if (first + i < count) smooth[i] = load_smooth(p, first_group + (first + i) * kCtaWarps);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+            if (first + i < count)
+                store_reciprocals(
+                    p, first_group + (first + i) * kCtaWarps, smooth[i],
+                    reinterpret_cast<float*>(first_slot + (first + i) * step_bytes + slot_bytes - kReciprocalBytes));
+    }
+    __syncthreads();  // maxima are zero
+
+    float sums[kPairs][kBlocks][4] = {};
+    float largest[kTiles] = {};
+    const auto find_maxima = [&](auto shifted) {
+        const auto raise = [&](int tile, uint32_t word, float r0, float r1) {
+            const float2 x = unpacked<Element>(word);
+            const float t0 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.x, p.shift) : x.x, r0);
+            const float t1 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.y, p.shift) : x.y, r1);
+            largest[tile] = ptx::max_magnitude(ptx::max_magnitude(largest[tile], t0), t1);
+        };
+        uint32_t offsets[kPairs];
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+            const int row = min(pair * 16 + lane % 16, rows - 1);
+            offsets[pair] = row * 128 + (lane / 16 ^ row % 8) * 16;
+        }
+        for (int i = 0; i < count; ++i) {
+            const int pending = count - 1 - i;
+            if (pending >= 8)
+                ptx::wait_for_copies<8>();
+            else
+                wait_until_pending(pending);
+            __syncwarp();
+            const char* const slot = first_slot + i * step_bytes;
+            const uint32_t address = ptx::shared_address(slot);
+            const float4* reciprocals = reinterpret_cast<const float4*>(slot + slot_bytes - kReciprocalBytes) + u;
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                const float4 r = reciprocals[step * 4];
+#pragma unroll
+                for (int pair = 0; pair < kPairs; ++pair) {
+                    uint32_t a[4];
+                    ptx::ldmatrix_x4(a, address + (offsets[pair] ^ step * 32));
+                    if constexpr (low_rank) {
+#pragma unroll
+                        for (int ranks = 0; ranks < kRankTiles; ++ranks) {
+                            const uint4 b = factors[step][ranks];
+                            ptx::mma_16<std::is_same_v<Element, BF16>>(sums[pair][ranks * 2], a, b.x, b.y);
+                            ptx::mma_16<std::is_same_v<Element, BF16>>(sums[pair][ranks * 2 + 1], a, b.z, b.w);
+                        }
+                    }
+                    raise(pair * 2, a[0], r.x, r.y);
+                    raise(pair * 2, a[2], r.z, r.w);
+                    if (pair * 2 + 1 < kTiles) {
+                        raise(pair * 2 + 1, a[1], r.x, r.y);
+                        raise(pair * 2 + 1, a[3], r.z, r.w);
+                    }
+                }
+                if (i + 1 < count) load_factors(step, first_group + (i + 1) * kCtaWarps);
+            }
+        }
+    };
+    if (p.shift != 0)
+        find_maxima(std::true_type{});
+    else
+        find_maxima(std::false_type{});  // adding 0 changes neither a magnitude nor a code
+
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t bits = __float_as_uint(largest[tile]);
+        bits = max(bits, __shfl_xor_sync(~0u, bits, 1));
+        bits = max(bits, __shfl_xor_sync(~0u, bits, 2));
+        if (u == tile % 4) atomicMax(own_maxima + tile * 8 + lane / 4, bits);
+    }
+    __syncthreads();
+    if constexpr (kCluster) {
+        Team::arrive();
+        Team::wait();
+        const int words = threadIdx.x % 16, cta = threadIdx.x / 16;
+        if (words < kTiles * 2 && cta < static_cast<int>(Team::size())) {
+            const float4 theirs = Team::load(shared + words * 16, cta);
+            atomicMax(maxima + words * 4, __float_as_uint(theirs.x));
+            atomicMax(maxima + words * 4 + 1, __float_as_uint(theirs.y));
+            atomicMax(maxima + words * 4 + 2, __float_as_uint(theirs.z));
+            atomicMax(maxima + words * 4 + 3, __float_as_uint(theirs.w));
+        }
+        __syncthreads();
+    }
+
+    if (Team::rank() == 0 && static_cast<int>(threadIdx.x) < rows && first_token + threadIdx.x < p.tokens)
+        p.ascales[first_token + threadIdx.x] = TokenScale(maxima[threadIdx.x]).activation;
+    float inverse[kTiles];
+    uint32_t keep[kTiles], offsets[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        const TokenScale scale(maxima[tile * 8 + lane / 4]);
+        inverse[tile] = scale.inverse, keep[tile] = scale.keep;
+        const int row = min(tile * 8 + lane % 8, rows - 1);
+        offsets[tile] = row * 128 + (lane / 8 ^ row % 8) * 16;
+    }
+    const int64_t code_row = int64_t{p.groups} * kGroupSize;
+    int8_t* const first_codes = p.codes + (first_token + lane / 4) * code_row + u * 16;
+    const int lane_rows = static_cast<int>(min(static_cast<int64_t>(rows), p.tokens - first_token)) - lane / 4;
+    const auto round_all = [&](auto shifted) {
+        for (int i = 0; i < count; ++i) {
+            const char* const slot = first_slot + i * step_bytes;
+            const uint32_t address = ptx::shared_address(slot);
+            const float4* reciprocals = reinterpret_cast<const float4*>(slot + slot_bytes - kReciprocalBytes) + u;
+            float4 r[kSteps];
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) r[step] = reciprocals[step * 4];
+            int8_t* out = first_codes + int64_t{first_group + i * kCtaWarps} * kGroupSize;
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                uint32_t codes[8][2];
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    uint32_t words[4];
+                    ptx::ldmatrix_x4(words, address + (offsets[tile] ^ half * 64));
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const float4 quad = r[half * 2 + j / 2];
+                        const float2 x = unpacked<Element>(words[j]);
+                        const float t0 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.x, p.shift) : x.x, j % 2 ? quad.z : quad.x);
+                        const float t1 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.y, p.shift) : x.y, j % 2 ? quad.w : quad.y);
+                        codes[half * 4 + j][0] = rounded(t0, inverse[tile]);
+                        codes[half * 4 + j][1] = rounded(t1, inverse[tile]);
+                    }
+                }
+                uint4 bytes = permuted_codes(codes);
+                bytes.x &= keep[tile], bytes.y &= keep[tile], bytes.z &= keep[tile], bytes.w &= keep[tile];
+                if (tile * 8 < lane_rows) *reinterpret_cast<uint4*>(out) = bytes;
+                out += 8 * code_row;
+            }
+        }
+    };
+    if (p.shift != 0)
+        round_all(std::true_type{});
+    else
+        round_all(std::false_type{});
+
+    if constexpr (low_rank) {
+        constexpr int kPartial = kResidentPartialBytes<kTiles>, kFloats2 = kPartial / 8;
+        __syncthreads();  // x is read
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int block = 0; block < kBlocks; ++block) {
+                const float(&d)[4] = sums[tile / 2][block];
+                reinterpret_cast<float2*>(slots + warp * kPartial)[(tile * kBlocks + block) * 32 + lane] = {
+                    d[tile % 2 * 2], d[tile % 2 * 2 + 1]};
+            }
+        __syncthreads();
+        const auto store = [&](int index, float x, float y) {
+            const int row = index / 32 / kBlocks * 8 + index % 32 / 4;
+            const int column = index / 32 % kBlocks * 8 + index % 4 * 2;
+            if (row >= rows || first_token + row >= p.tokens || column >= p.rank) return;
+            float* out = p.lora_act + (first_token + row) * p.rank + column;
+            out[0] = x, out[1] = y;
+        };
+        for (int index = threadIdx.x; index < kFloats2; index += kCtaWarps * 32) {
+            float2 sum{};
+#pragma unroll
+            for (int part = 0; part < kCtaWarps; ++part) {
+                const float2 v = reinterpret_cast<const float2*>(slots + part * kPartial)[index];
+                sum.x += v.x, sum.y += v.y;
+            }
+            if constexpr (kCluster)
+                reinterpret_cast<float2*>(slots + kCtaWarps * kPartial)[index] = sum;
+            else
+                store(index, sum.x, sum.y);
+        }
+        if constexpr (kCluster) {
+            Team::arrive();
+            Team::wait();
+            const int size = static_cast<int>(Team::size()), rank = static_cast<int>(Team::rank());
+            for (int index = rank * kCtaWarps * 32 + threadIdx.x; index < kFloats2 / 2;
+                 index += size * kCtaWarps * 32) {
+                float4 parts[Team::kLargest], sum{};
+#pragma unroll
+                for (int cta = 0; cta < Team::kLargest; ++cta)
+                    if (cta < size) parts[cta] = Team::load(slots + kCtaWarps * kPartial + index * 16, cta);
+#pragma unroll
+                for (int cta = 0; cta < Team::kLargest; ++cta)
+                    if (cta < size)
+                        sum.x += parts[cta].x, sum.y += parts[cta].y, sum.z += parts[cta].z, sum.w += parts[cta].w;
+                store(index * 2, sum.x, sum.y);
+                store(index * 2 + 1, sum.z, sum.w);
+            }
+        }
+    }
+    if constexpr (kCluster) {  // no CTA ends before the others have read it
+        Team::arrive_relaxed();
+        Team::wait();
+    }
+}
+
 // How a device's CTAs share the work: as large a tile of tokens as leaves no multiprocessor idle (each tile reads the
 // whole low-rank factor through L2), in clusters large enough that two CTAs per multiprocessor hold all of x.
 struct Plan {
@@ -546,6 +840,88 @@ void launch_tile(const Plan& plan, const Parameters& p, cudaStream_t stream) {
     }
 }
 
+struct ResidentPlan {
+    int tokens, team, slots;  // tokens 0: does not fit
+    int64_t tiles, waves;
+    size_t shared_bytes;
+};
+
+// Tiles as large as fit, evened out over the waves that this takes.
+inline ResidentPlan resident_plan_for(int team, const QuantizeArguments& a) {
+    const int ctas_per_processor = team > 1 ? 2 : 1;
+    const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / ctas_per_processor - 1024;
+    const int64_t groups = a.padded_k / kGroupSize, slots = (groups + team - 1) / team;
+    const int64_t largest = std::min<int64_t>(
+        kResidentTokens, ((room - kResidentMaximaBytes) / slots - kReciprocalBytes) / (kGroupSize * 2));
+    if (largest <= 0) return {};
+    // Clusters of 8 leave a few multiprocessors of some devices without one.
+    const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
+    const int64_t teams = std::max<int64_t>(1, processors * ctas_per_processor / team - (team > 2 ? 1 : 0));
+    const int64_t waves = (a.tokens + teams * largest - 1) / (teams * largest);
+    const int64_t tokens = std::max<int64_t>(1, (a.tokens + teams * waves - 1) / (teams * waves));
+    return {static_cast<int>(tokens), team, static_cast<int>(slots), (a.tokens + tokens - 1) / tokens, waves, 0};
+}
+
+inline int resident_tiles(int tokens) { return (tokens + 7) / 8; }
+
+inline ResidentPlan resident_plan(int largest_team, const QuantizeArguments& a) {
+    ResidentPlan best = resident_plan_for(1, a);
+    const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount), groups = a.padded_k / kGroupSize;
+    const double factor_bytes = 2.0 * a.padded_k * a.rank * best.tiles;
+    // Each team reads the whole factor through L2. A CTA that has its multiprocessor to itself overlaps nothing.
+    const bool split = !best.tokens || (best.tokens < 16 && (best.waves > 1 || factor_bytes > 40e6)) ||
+                       (best.tiles * 4 <= processors && groups >= 32);
+    if (split && largest_team > 1) {
+        ResidentPlan wide{};
+        for (int team = 2; team <= largest_team && team * 2 <= groups; team *= 2) {
+            const ResidentPlan candidate = resident_plan_for(team, a);
+            if (!candidate.tokens) continue;
+            wide = candidate;
+            if (candidate.tokens >= 24) break;
+        }
+        if (wide.tokens) best = wide;
+    }
+    // Few tokens of long rows would read the factor very often.
+    if (a.rank && best.tokens < 4 && best.waves > 1) return {};
+    if (!best.tokens) return {};
+    const int warps = best.team > 1 ? 8 : 16;
+    const size_t partial = a.rank ? size_t(resident_tiles(best.tokens)) * 8 * kRankTiles * 16 * 4 * (warps + 1) : 0;
+    best.shared_bytes = kResidentMaximaBytes +
+                        std::max(size_t(best.slots) * (best.tokens * kGroupSize * 2 + kReciprocalBytes), partial);
+    return best;
+}
+
+template <class Element, int kCtaWarps, bool low_rank, class Team>
+void launch_resident(const ResidentPlan& plan, const Parameters& p, cudaStream_t stream) {
+    const auto run = [&](auto kernel) {
+        launch_clusters(plan.team, kernel, dim3(static_cast<unsigned>(plan.tiles * plan.team)), dim3(kCtaWarps * 32),
+                        plan.shared_bytes, stream, "w4a8_quantize", p);
+    };
+    switch (resident_tiles(plan.tokens)) {
+        case 1:
+            return run(quantize_resident<Element, kCtaWarps, 1, low_rank, Team>);
+        case 2:
+            return run(quantize_resident<Element, kCtaWarps, 2, low_rank, Team>);
+        case 3:
+            return run(quantize_resident<Element, kCtaWarps, 3, low_rank, Team>);
+        case 4:
+            return run(quantize_resident<Element, kCtaWarps, 4, low_rank, Team>);
+        default:
+            return run(quantize_resident<Element, kCtaWarps, 5, low_rank, Team>);
+    }
+}
+
+template <class Element, class Team>
+void launch_resident_element(const ResidentPlan& plan, Parameters p, cudaStream_t stream) {
+    p.tile_tokens = plan.tokens, p.slots = plan.slots;
+    if constexpr (Team::kLargest > 1)
+        if (plan.team > 1)
+            return p.rank ? launch_resident<Element, 8, true, Team>(plan, p, stream)
+                          : launch_resident<Element, 8, false, Team>(plan, p, stream);
+    p.rank ? launch_resident<Element, 16, true, Alone>(plan, p, stream)
+           : launch_resident<Element, 16, false, Alone>(plan, p, stream);
+}
+
 template <class Team>
 void run(const QuantizeArguments& a, cudaStream_t stream) {
     const DType dtype = static_cast<DType>(a.x.dtype);
@@ -567,6 +943,12 @@ void run(const QuantizeArguments& a, cudaStream_t stream) {
     p.proj_down = static_cast<const uint4*>(a.proj_down.data);
     p.rank = static_cast<int>(a.rank);
     p.codes = a.codes, p.ascales = a.ascales, p.lora_act = a.lora_act;
+    if (p.x_aligned && dtype != DType::f32 && a.rank <= kRankTiles * 16) {
+        const ResidentPlan resident = resident_plan(Team::kLargest, a);
+        if (resident.tokens)
+            return dtype == DType::f16 ? launch_resident_element<F16, Team>(resident, p, stream)
+                                       : launch_resident_element<BF16, Team>(resident, p, stream);
+    }
     const Plan chosen = plan(Team::kLargest, a);
     p.slots = chosen.slots;
     p.partials_separate = p.rank > kRankTiles * 16;

@@ -18,6 +18,10 @@ __device__ __forceinline__ uint32_t cluster_size() {
 }
 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
+// Without making this thread's writes visible: it does not wait for them.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
 // The address, in the CTA `rank` of the cluster, of what lies at `address` in this one.

@@ -12,6 +12,7 @@ struct Cluster {
     static __device__ uint32_t size() { return ptx::cluster_size(); }
     static __device__ uint32_t rank() { return ptx::cluster_rank(); }
     static __device__ void arrive() { ptx::cluster_arrive(); }
+    static __device__ void arrive_relaxed() { ptx::cluster_arrive_relaxed(); }
     static __device__ void wait() { ptx::cluster_wait(); }
     // In every CTA, so that each finds the result at home.
     static __device__ void raise(uint32_t* word, uint32_t value) {
