@@ -18,6 +18,11 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// At a barrier of any CTA of the cluster. Relaxed: a release would fence all memory of the GPU.
+__device__ __forceinline__ void arrive_in_cluster(uint32_t mapped_barrier) {
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped_barrier) : "memory");
+}
+
 // Arrives, and lets the phase end only when so many bytes were copied.
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -56,7 +61,17 @@ __device__ __forceinline__ void tensor_load(uint32_t destination, const CUtensor
         : "memory");
 }
 
-// The reverse; what lies outside of the matrix is dropped.
+// The same for all CTAs of the cluster whose bit is set in `ctas`: each gets the box and the signal at these addresses.
+__device__ __forceinline__ void tensor_load_multicast(uint32_t destination, const CUtensorMap* map, int column, int row,
+                                                      uint32_t barrier, uint16_t ctas) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ctas)
+        : "memory");
+}
+
+// Writes a box; what lies outside of the matrix is dropped.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t source, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
                  "r"(row), "r"(source)
@@ -86,9 +101,9 @@ __device__ __forceinline__ void take_registers() {
 }
 
 // Barrier `id` (1..15) of `threads` threads.
-template <int id, int threads>
-__device__ __forceinline__ void sync_threads() {
-    asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(threads) : "memory");
+template <int threads>
+__device__ __forceinline__ void sync_threads(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
 
 // Stores four 8 x 8 matrices of 16-bit elements, each transposed; lane i gives the address of row i % 8 of matrix i / 8.

@@ -1,6 +1,7 @@
 // The W4A8 product with wgmma (sm_90a): Y^T = W X^T, with the same int32 sums as the portable kernel.
 //
-// Persistent blocks of three warpgroups. The first one moves data: one warp loads tokens and weights of 128 inputs per
+// Persistent pairs of blocks (clusters of two) share a token tile: each loads half of it for both. A block has three
+// warpgroups. The first one moves data: one warp loads tokens and weights of 128 inputs per
 // stage, one stores finished tiles, two bring the low-rank hidden state. The other two multiply 64 channels each with all
 // tokens of the tile; weights are decoded in registers, straight from the published order, into the A operand of wgmma.
 // Sums become fp32 in place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
@@ -14,6 +15,7 @@
 #include "../decode.cuh"
 #include "../kernels.h"
 #include "../ptx/async_copy.h"
+#include "../ptx/cluster.h"
 #include "../ptx/hopper.h"
 #include "../ptx/wgmma.h"
 #include "../tail.cuh"
@@ -21,6 +23,7 @@
 namespace nk::cuda::sm90 {
 namespace {
 
+constexpr int kPair = 2;                             // blocks of a cluster
 constexpr int kConsumers = 2;                        // warpgroups that multiply
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kChannels = 64 * kConsumers;           // of a tile
@@ -31,12 +34,14 @@ constexpr int kSharedLimit = 232448;
 constexpr int kRankBlock = 64;                       // ranks of the low-rank branch that are staged together
 constexpr int kHiddenThreads = 64;
 constexpr int kFewTokens = 64;                        // up to here the portable kernel is the better one
+// What the producers give up must cover what the consumers take, of the 168 that every thread starts with.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert((168 - kProducerRegisters) >= kConsumers * (kConsumerRegisters - 168));
 
 struct Arguments {
     const uint8_t* qweight;
     const int16_t* multipliers;
-    int tokens, padded_n, padded_k, token_tiles, channel_tiles;
+    int tokens, padded_n, padded_k, tiles, channel_pairs;
     int32_t* sums;  // if given, the bare product goes there, and nothing below is read
     const float *ascales, *row_scales, *lora_act, *rank_scale;
     const void *proj_up, *wcscales, *bias, *gate, *residual;
@@ -44,9 +49,8 @@ struct Arguments {
     int rank, activation, out_features, tokens_per_gate;
 };
 
-// Shared memory: stages of tokens, stages of weights, one output tile per consumer, scales of activations,
-// barriers. The hidden state of the
-// low-rank branch lies where the first output tile goes afterwards.
+// Shared memory: stages of tokens, stages of weights, one output tile per consumer, scales of activations, barriers. The
+// hidden state of the low-rank branch lies where the first output tile goes afterwards.
 template <int tokens>
 struct Layout {
     static constexpr int kTokenBytes = tokens * kRow, kStageBytes = kTokenBytes + kWeightBytes;
@@ -84,26 +88,36 @@ struct Ring {
     }
 };
 
-// Channels vary fastest: blocks that run at the same time share few token tiles.
+// The tile of a block; tiles are counted in pairs of blocks. Channels vary fastest: blocks that run at the same time share few
+// token tiles. With an odd number of channel tiles the last one of a pair does not exist: its block computes what
+// `existing_channel` says, so that it can do its share of the copies, and its outputs lie outside of the matrix.
 struct Tile {
-    int token, channel;
-    __device__ Tile(int index, int channel_tiles, int tokens)
-        : token(index / channel_tiles * tokens), channel(index % channel_tiles * kChannels) {}
+    int token, channel, existing_channel;
+    __device__ Tile(const Arguments& a, int index, int rank, int tokens)
+        : token(index / a.channel_pairs * tokens),
+          channel((index % a.channel_pairs * kPair + rank) * kChannels),
+          existing_channel(min(channel, a.padded_n - kChannels)) {}
 };
+
+// Index of a block's first tile, and how far it is to the next one.
+__device__ __forceinline__ int first_tile() { return blockIdx.x / kPair; }
+__device__ __forceinline__ int tile_step() { return gridDim.x / kPair; }
 
 template <int tokens>
 __device__ void load_stages(const CUtensorMap* codes, const Arguments& a, uint32_t shared,
                             Barriers<Layout<tokens>::kStages> barriers) {
     using L = Layout<tokens>;
+    const int rank = ptx::cluster_rank(), half = rank * (tokens / kPair);
     Ring<L::kStages> ring;
-    for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x) {
-        const Tile tile(index, a.channel_tiles, tokens);
-        const uint8_t* weights = a.qweight + qweight_strip_offset(tile.channel, 0, a.padded_k);
+    for (int index = first_tile(); index < a.tiles; index += tile_step()) {
+        const Tile tile(a, index, rank, tokens);
+        const uint8_t* weights = a.qweight + qweight_strip_offset(tile.existing_channel, 0, a.padded_k);
         for (int k = 0; k < a.padded_k; k += kChunk, weights += kWeightBytes) {
             ptx::wait(barriers.empty(ring.stage), ring.parity ^ 1);
             const uint32_t full = barriers.full(ring.stage);
             ptx::arrive_expecting(full, L::kStageBytes);
-            ptx::tensor_load(shared + ring.stage * L::kTokenBytes, codes, k, tile.token, full);
+            ptx::tensor_load_multicast(shared + ring.stage * L::kTokenBytes + half * kRow, codes, k, tile.token + half, full,
+                                       (1 << kPair) - 1);
             ptx::bulk_load(shared + L::kWeights + ring.stage * kWeightBytes, weights, kWeightBytes, full);
             ring.advance();
         }
@@ -113,9 +127,10 @@ __device__ void load_stages(const CUtensorMap* codes, const Arguments& a, uint32
 template <int tokens>
 __device__ void store_tiles(const CUtensorMap* out, const Arguments& a, uint32_t shared,
                             Barriers<Layout<tokens>::kStages> barriers) {
+    const int rank = ptx::cluster_rank();
     uint32_t parity = 0;
-    for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x, parity ^= 1) {
-        const Tile tile(index, a.channel_tiles, tokens);
+    for (int index = first_tile(); index < a.tiles; index += tile_step(), parity ^= 1) {
+        const Tile tile(a, index, rank, tokens);
 #pragma unroll
         for (int c = 0; c < kConsumers; ++c) {
             ptx::wait(barriers.output_full(c), parity);
@@ -131,9 +146,10 @@ __device__ void store_tiles(const CUtensorMap* out, const Arguments& a, uint32_t
 template <int tokens>
 __device__ void load_hidden(const Arguments& a, uint8_t* hidden, int thread,
                             Barriers<Layout<tokens>::kStages> barriers) {
+    const int rank = 0;  // both blocks of a pair have the same tokens
     uint32_t output_parity = 1, empty_parity = 1;
-    for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x) {
-        const Tile tile(index, a.channel_tiles, tokens);
+    for (int index = first_tile(); index < a.tiles; index += tile_step()) {
+        const Tile tile(a, index, rank, tokens);
         for (int first = 0; first < a.rank; first += kRankBlock) {
             // Before the first block: the last tile was stored. Before the others: the block before was multiplied.
             if (first == 0) {
@@ -194,15 +210,15 @@ struct UpFactors {
     uint4 steps[kRankBlock / 16];
 };
 
+// Without a branch: what a rank of 0 loads is not used, and nothing has to wait for the loads before it is.
 __device__ __forceinline__ UpFactors load_up(const Arguments& a, int strip_channel, int first_rank, int lane) {
-    const uint4* up =
-        static_cast<const uint4*>(a.proj_up) + static_cast<size_t>(strip_channel / 16) * (a.rank / 16) * 32 + lane;
-    UpFactors result{};
-    if (a.rank) {
+    const uint4* up = a.rank ? static_cast<const uint4*>(a.proj_up) +
+                                   static_cast<size_t>(strip_channel / 16) * (a.rank / 16) * 32 + lane
+                             : reinterpret_cast<const uint4*>(a.qweight);
+    UpFactors result;
 #pragma unroll
-        for (int step = 0; step < kRankBlock / 16; ++step)
-            result.steps[step] = __ldg(up + min(first_rank / 16 + step, a.rank / 16 - 1) * 32);
-    }
+    for (int step = 0; step < kRankBlock / 16; ++step)
+        result.steps[step] = __ldg(up + max(min(first_rank / 16 + step, a.rank / 16 - 1), 0) * 32);
     return result;
 }
 
@@ -231,25 +247,44 @@ __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t hidden
     }
 }
 
-// What the sums of the lane's two channels are multiplied by, and what is added.
+// What the sums of the lane's two channels are multiplied by, and what is added; as loaded, so that nothing waits for it
+// before it is used.
 struct ChannelTerms {
-    float scale[2], factor[2], bias[2];
+    uint32_t scale[2], factor[2], bias[2];
 
     __device__ __forceinline__ ChannelTerms(const Arguments& a, int channel) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int n = channel + 8 * row;
-            scale[row] = a.row_scales ? __ldg(a.row_scales + n) : 1.0f;
-            factor[row] = a.wcscales ? load_float(a.wcscales, a.wcscales_dtype, vector_position(n)) : 1.0f;
-            bias[row] = a.bias ? load_float(a.bias, a.bias_dtype, vector_position(n)) : 0.0f;
+            scale[row] = a.row_scales ? __ldg(reinterpret_cast<const uint32_t*>(a.row_scales) + n) : 0;
+            factor[row] = bits(a.wcscales, a.wcscales_dtype, vector_position(n));
+            bias[row] = bits(a.bias, a.bias_dtype, vector_position(n));
         }
+    }
+
+    static __device__ __forceinline__ uint32_t bits(const void* vector, DType dtype, size_t index) {
+        if (!vector) return 0;
+        return dtype == DType::f32 ? __ldg(static_cast<const uint32_t*>(vector) + index)
+                                   : __ldg(static_cast<const uint16_t*>(vector) + index);
+    }
+
+    static __device__ __forceinline__ float value(uint32_t bits, DType dtype) {
+        if (dtype == DType::f32) return __uint_as_float(bits);
+        return dtype == DType::bf16 ? __uint_as_float(bits << 16) : unpack_half(bits, DType::f16).x;
     }
 };
 
 // Sums to fp32 outputs without the low-rank branch; `ascales` has those of the tile's tokens, from the lane's first one on.
 template <int tokens>
-__device__ __forceinline__ void scale_sums(const ChannelTerms& terms, uint32_t ascales,
+__device__ __forceinline__ void scale_sums(const Arguments& a, const ChannelTerms& terms, uint32_t ascales,
                                            const int32_t (&sums)[tokens / 2], float (&y)[tokens / 2]) {
+    float scale[2], factor[2], bias[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        scale[row] = __uint_as_float(terms.scale[row]);
+        factor[row] = a.wcscales ? ChannelTerms::value(terms.factor[row], a.wcscales_dtype) : 1.0f;
+        bias[row] = a.bias ? ChannelTerms::value(terms.bias[row], a.bias_dtype) : 0.0f;
+    }
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block) {
         float ascale[2];
@@ -257,8 +292,7 @@ __device__ __forceinline__ void scale_sums(const ChannelTerms& terms, uint32_t a
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             y[4 * block + i] =
-                static_cast<float>(sums[4 * block + i]) * ascale[i % 2] * terms.scale[i / 2] * terms.factor[i / 2] +
-                terms.bias[i / 2];
+                static_cast<float>(sums[4 * block + i]) * ascale[i % 2] * scale[i / 2] * factor[i / 2] + bias[i / 2];
     }
 }
 
@@ -323,8 +357,8 @@ __device__ __forceinline__ void stage_output(uint32_t output, const float (&y)[t
 
 // Activation, gate and residual, and the rounding. Every step is a pass of its own under one branch: together in one
 // unrolled loop they would not fit the instruction cache.
-template <int tokens, int consumer>
-__device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, const Tile& tile, int channel,
+template <int tokens>
+__device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, const Tile& tile, int consumer, int channel,
                                        int first_token, float (&y)[tokens / 2]) {
     const uint32_t output = outputs + consumer * tokens * kRow;
     if (a.activation == 1) {
@@ -337,7 +371,7 @@ __device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, con
     if (a.gate) apply_gate<tokens>(a, tile, channel, first_token, y);
     if (a.residual) {
         load_residual<tokens>(a, output, tile.token, tile.channel + 64 * consumer);
-        ptx::sync_threads<2 + consumer, 128>();
+        ptx::sync_threads<128>(2 + consumer);
         if (a.out_dtype == DType::bf16)
             stage_output<tokens, true, true>(output, y);
         else
@@ -356,16 +390,20 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int groups = a.padded_k / kGroup, chunks = a.padded_k / kChunk;
     const uint32_t strip = shared + L::kWeights + (4 * consumer + warp) * kStripBytes + 16 * lane;
-    const int consumer_thread = threadIdx.x - 128;
+    const int rank = ptx::cluster_rank(), consumer_thread = threadIdx.x - 128;
+    // Stages are filled by both blocks of the pair: both must know that they are free.
+    const auto release = [&](int stage) {
+        if (lane < kPair) ptx::arrive_in_cluster(ptx::address_in_cta(barriers.empty(stage), lane));
+    };
     const uint64_t tokens_operand = ptx::wgmma_operand(shared);
     const uint32_t mask = code_mask();
     Ring<L::kStages> ring;
     uint32_t hidden_parity = 0, output_parity = 1;
     int scale_set = 0;
 
-    for (int index = blockIdx.x; index < a.token_tiles * a.channel_tiles; index += gridDim.x) {
-        const Tile tile(index, a.channel_tiles, tokens);
-        const int strip_channel = tile.channel + 64 * consumer + 16 * warp, channel = strip_channel + lane / 4;
+    for (int index = first_tile(); index < a.tiles; index += tile_step()) {
+        const Tile tile(a, index, rank, tokens);
+        const int strip_channel = tile.existing_channel + 64 * consumer + 16 * warp, channel = strip_channel + lane / 4;
         int32_t sums[tokens / 2] = {};  // zeros: without them ptxas keeps the registers alive from tile to tile
         const float my_ascale =
             a.sums ? 0.0f : __ldg(a.ascales + min(tile.token + min(consumer_thread, tokens - 1), a.tokens - 1));
@@ -402,17 +440,15 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
             multipliers = next_multipliers;
             next_multipliers = multipliers_of(++chunk + 1);
             ptx::wgmma_wait<1>();
-            if (finished >= 0 && lane == 0) ptx::arrive(barriers.empty(finished));
+            if (finished >= 0) release(finished);
             finished = stage;
             decode_chunk(codes, multipliers, mask, next);
         };
         const auto last = [&](const Operands& current) {
             issue(current);
             ptx::wgmma_wait<0>();
-            if (lane == 0) {
-                if (finished >= 0) ptx::arrive(barriers.empty(finished));
-                ptx::arrive(barriers.empty(ring.stage));
-            }
+            if (finished >= 0) release(finished);
+            release(ring.stage);
             ring.advance();
         };
         Operands even, odd;
@@ -435,6 +471,7 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
 
         const int first_token = tile.token + lane % 4 * 2;
         if (a.sums) {
+            if (tile.channel != tile.existing_channel) continue;
 #pragma unroll
             for (int block = 0; block < tokens / 8; ++block)
 #pragma unroll
@@ -452,8 +489,8 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         scale_set ^= 1;
         if (consumer_thread < tokens)
             asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * consumer_thread), "f"(my_ascale) : "memory");
-        ptx::sync_threads<1, 128 * kConsumers>();
-        scale_sums<tokens>(terms, scales + lane % 4 * 8, sums, y);
+        ptx::sync_threads<128 * kConsumers>(1);
+        scale_sums<tokens>(a, terms, scales + lane % 4 * 8, sums, y);
         if (a.rank) {
             if (a.up_dtype == DType::bf16)
                 add_low_rank<tokens, true>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity,
@@ -461,15 +498,13 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
             else
                 add_low_rank<tokens, false>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity,
                                            barriers, y);
-            ptx::sync_threads<1, 128 * kConsumers>();  // the hidden state makes room for outputs
+            ptx::sync_threads<128 * kConsumers>(1);  // the hidden state makes room for outputs
         } else {
             ptx::wait(barriers.output_empty(), output_parity);
             output_parity ^= 1;
         }
-        if (consumer == 0)
-            finish<tokens, 0>(a, shared + L::kOutput, tile, channel, first_token, y);
-        else
-            finish<tokens, 1>(a, shared + L::kOutput, tile, channel, first_token, y);
+        finish<tokens>(a, shared + L::kOutput, tile, consumer, tile.channel + 64 * consumer + 16 * warp + lane / 4,
+                       first_token, y);
         ptx::fence_async_proxy();
         ptx::arrive(barriers.output_full(consumer));
     }
@@ -489,7 +524,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::prefetch_map(&codes);
         for (int stage = 0; stage < L::kStages; ++stage) {
             ptx::init_barrier(barriers.full(stage), 1);
-            ptx::init_barrier(barriers.empty(stage), 4 * kConsumers);
+            ptx::init_barrier(barriers.empty(stage), kPair * 4 * kConsumers);
         }
         ptx::init_barrier(barriers.hidden_full(), kHiddenThreads);
         ptx::init_barrier(barriers.hidden_empty(), 4 * kConsumers);
@@ -497,7 +532,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int c = 0; c < kConsumers; ++c) ptx::init_barrier(barriers.output_full(c), 128);
         ptx::fence_barrier_init();
     }
-    __syncthreads();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
     if (warpgroup == 0) {
         ptx::give_up_registers<kProducerRegisters>();
         if (warp == 0) {
@@ -511,6 +547,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::take_registers<kConsumerRegisters>();
         consume<tokens>(a, shared, warpgroup - 1, barriers);
     }
+    // The other block may still copy into this one's memory, or arrive at its barriers.
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
 }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -544,25 +583,25 @@ CUtensorMap make_map(const void* data, CUtensorMapDataType type, int element_byt
 
 template <int tokens>
 void run(Arguments a, const int8_t* codes, void* out, int processors, cudaStream_t stream) {
-    a.token_tiles = (a.tokens + tokens - 1) / tokens;
+    a.tiles = (a.tokens + tokens - 1) / tokens * a.channel_pairs;
     const CUtensorMap codes_map =
-        make_map(codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.tokens, a.padded_k, tokens);
+        make_map(codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.tokens, a.padded_k, tokens / kPair);
     const CUtensorMap out_map =
         out ? make_map(out, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.tokens, a.out_features, tokens) : codes_map;
-    const int tiles = a.token_tiles * a.channel_tiles;
-    launch(product<tokens>, dim3(std::min(tiles, processors)), dim3(kThreads), Layout<tokens>::kBytes, stream,
-           "w4a8_linear (sm90)", codes_map, out_map, a);
+    launch_clusters(kPair, product<tokens>, dim3(kPair * std::min(a.tiles, processors / kPair)), dim3(kThreads),
+                    Layout<tokens>::kBytes, stream, "w4a8_linear (sm90)", codes_map, out_map, a);
 }
 
 void choose_and_run(const Arguments& a, const int8_t* codes, void* out, cudaStream_t stream) {
     int device = 0, processors = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
-    // Tiles that one block works off, times the cost of one in tokens: below about 208 decoding sets the pace, and what
+    // Tiles that one pair of blocks works off, times the cost of one in tokens: below about 208 decoding sets the pace, and what
     // comes after the products takes as long as 32 tokens at K = 3072.
     const auto cost = [&](int tokens) {
-        const int64_t tiles = static_cast<int64_t>((a.tokens + tokens - 1) / tokens) * a.channel_tiles;
-        return static_cast<double>((tiles + processors - 1) / processors) *
+        const int64_t tiles = static_cast<int64_t>((a.tokens + tokens - 1) / tokens) * a.channel_pairs;
+        const int pairs = processors / kPair;
+        return static_cast<double>((tiles + pairs - 1) / pairs) *
                (std::max(tokens, 208) + 32.0 * 3072 / a.padded_k * tokens / 256);
     };
     int best = 256;
@@ -584,7 +623,7 @@ Arguments product_arguments(const ProductArguments& p) {
     a.tokens = static_cast<int>(p.tokens);
     a.padded_n = static_cast<int>(p.padded_n);
     a.padded_k = static_cast<int>(p.padded_k);
-    a.channel_tiles = a.padded_n / kChannels;
+    a.channel_pairs = (a.padded_n / kChannels + kPair - 1) / kPair;
     return a;
 }
 
