@@ -27,6 +27,7 @@ constexpr int kPair = 2;                             // blocks of a cluster
 constexpr int kConsumers = 2;                        // warpgroups that multiply
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kChannels = 64 * kConsumers;           // of a tile
+constexpr int kBand = 6;                             // token tiles
 constexpr int kChunk = 128;                          // inputs of a stage
 constexpr int kWeightBytes = kChannels * kChunk / 2;
 constexpr int kRow = 128;                            // bytes of a token in a stage, and in an output or hidden tile
@@ -88,15 +89,21 @@ struct Ring {
     }
 };
 
-// The tile of a block; tiles are counted in pairs of blocks. Channels vary fastest: blocks that run at the same time share few
-// token tiles. With an odd number of channel tiles the last one of a pair does not exist: its block computes what
-// `existing_channel` says, so that it can do its share of the copies, and its outputs lie outside of the matrix.
+// The tile of a block; tiles are counted in pairs of blocks. With an odd number of channel tiles the last one of a pair does
+// not exist: its block computes what `existing_channel` says, so that it can do its share of the copies, and its outputs lie
+// outside of the matrix.
 struct Tile {
     int token, channel, existing_channel;
-    __device__ Tile(const Arguments& a, int index, int rank, int tokens)
-        : token(index / a.channel_pairs * tokens),
-          channel((index % a.channel_pairs * kPair + rank) * kChannels),
-          existing_channel(min(channel, a.padded_n - kChannels)) {}
+
+    // Bands of a few token tiles are walked along the channels: blocks that run at the same time then share both tokens and
+    // weights, and L2 holds what they read.
+    __device__ Tile(const Arguments& a, int index, int rank, int tokens) {
+        const int band = index / (kBand * a.channel_pairs), first = band * kBand;
+        const int height = min(kBand, a.tiles / a.channel_pairs - first), place = index - first * a.channel_pairs;
+        token = (first + place % height) * tokens;
+        channel = (place / height * kPair + rank) * kChannels;
+        existing_channel = min(channel, a.padded_n - kChannels);
+    }
 };
 
 // Index of a block's first tile, and how far it is to the next one.
@@ -596,13 +603,12 @@ void choose_and_run(const Arguments& a, const int8_t* codes, void* out, cudaStre
     int device = 0, processors = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
-    // Tiles that one pair of blocks works off, times the cost of one in tokens: below about 208 decoding sets the pace, and what
-    // comes after the products takes as long as 32 tokens at K = 3072.
+    // Tiles that one pair of blocks works off, times the cost of one, in tokens. Measured: what is not hidden of decoding
+    // costs as much as 60 tokens, and what comes after the products as much as 30 at K = 3072.
     const auto cost = [&](int tokens) {
         const int64_t tiles = static_cast<int64_t>((a.tokens + tokens - 1) / tokens) * a.channel_pairs;
         const int pairs = processors / kPair;
-        return static_cast<double>((tiles + pairs - 1) / pairs) *
-               (std::max(tokens, 208) + 32.0 * 3072 / a.padded_k * tokens / 256);
+        return static_cast<double>((tiles + pairs - 1) / pairs) * (tokens + 60 + 30.0 * 3072 / a.padded_k);
     };
     int best = 256;
     for (const int tokens : {224, 208, 192, 128})
