@@ -273,8 +273,8 @@ def test_unknown_kernel_sets_and_mixed_devices_are_refused(monkeypatch: pytest.M
 def test_calibration_finds_weights_as_good_as_on_the_cpu(
     precision: Any, arithmetic: Any, in_features: int, out_features: int, steps: tuple[str, ...]
 ) -> None:
-    """Sums that round differently may send a search elsewhere, but not to a worse place. (GPTQ inside a fit in turns
-    behind a GELU varies by 4 % with the last bits of the weights, on any device: it is left out.)"""
+    """Sums that round differently may send a search elsewhere, but not to a worse place. (GPTQ inside a fit in turns is
+    less steady: it varies by several per cent with the last bits of the weights, on any device.)"""
     errors: dict[str, dict[str, float]] = {}
     for device in ("cpu", "cuda"):
         made = synthetic_layer(in_features, out_features, 3000, seed=4, shift=precision == "int4", device=device)
@@ -284,4 +284,5 @@ def test_calibration_finds_weights_as_good_as_on_the_cpu(
             assert weights.codes.device.type == device
             errors.setdefault(step, {})[device] = recipes.error(weights, made.test)
     for step, error in errors.items():
-        assert error["cuda"] < 1.02 * error["cpu"], step
+        slack = 1.1 if step == "svdquant-gptq" else 1.02
+        assert error["cuda"] < slack * error["cpu"], step
