@@ -250,8 +250,16 @@ __device__ __forceinline__ void wait_until_pending(int allowed) {
             return ptx::wait_for_copies<2>();
         case 3:
             return ptx::wait_for_copies<3>();
-        default:
+        case 4:
             return ptx::wait_for_copies<4>();
+        case 5:
+            return ptx::wait_for_copies<5>();
+        case 6:
+            return ptx::wait_for_copies<6>();
+        case 7:
+            return ptx::wait_for_copies<7>();
+        default:
+            return allowed < 16 ? ptx::wait_for_copies<8>() : ptx::wait_for_copies<16>();
     }
 }
 
@@ -544,21 +552,29 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
     const int step_bytes = kCtaWarps * slot_bytes;
     char* const first_slot = slots + warp * slot_bytes;
 
-    {
+    {   // Rows of 16 are a copy group each, so that little is left to do when the last ones arrive.
         const int piece = lane % 8, first_row = lane / 8;
         const int valid_rows = static_cast<int>(min(static_cast<int64_t>(rows), p.tokens - first_token));
+        const uint32_t nowhere = ptx::shared_address(shared) + kResidentTokens * 4;  // unread; keeps copies branchless
         for (int i = 0; i < count; ++i) {
             const int64_t k = int64_t{first_group + i * kCtaWarps} * kGroupSize + piece * 8;
             const bool inside = k < p.channels;
             const char* source = p.x + (first_token + first_row) * p.row_bytes + k * 2;
-            const uint32_t slot = ptx::shared_address(first_slot + i * step_bytes);
-#pragma unroll 4
-            for (int row = first_row; row < rows; row += 4) {
-                const bool valid = inside && row < valid_rows;
-                ptx::copy_16(slot + row * 128 + (piece ^ row % 8) * 16, valid ? source : p.x, valid);
-                source += 4 * p.row_bytes;
+            // Rows first_row + 8 n and first_row + 4 + 8 n.
+            const uint32_t destination = ptx::shared_address(first_slot + i * step_bytes) + first_row * 128;
+            const uint32_t even = destination + (piece ^ first_row) * 16;
+            const uint32_t odd = destination + 512 + (piece ^ first_row ^ 4) * 16;
+#pragma unroll
+            for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+                for (int j = pair * 4; j < pair * 4 + 4; ++j) {
+                    const int row = first_row + j * 4;
+                    const uint32_t to = (j % 2 ? odd : even) + j / 2 * 1024;
+                    ptx::copy_16(row < rows ? to : nowhere, source, inside && row < valid_rows);
+                    source += 4 * p.row_bytes;
+                }
+                ptx::commit_copies();
             }
-            ptx::commit_copies();
         }
     }
     for (int index = threadIdx.x; index < kResidentMaximaBytes / 4; index += kCtaWarps * 32) own_maxima[index] = 0;
@@ -604,21 +620,18 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
             const int row = min(pair * 16 + lane % 16, rows - 1);
             offsets[pair] = row * 128 + (lane / 16 ^ row % 8) * 16;
         }
+        int pending = count * kPairs;
         for (int i = 0; i < count; ++i) {
-            const int pending = count - 1 - i;
-            if (pending >= 8)
-                ptx::wait_for_copies<8>();
-            else
-                wait_until_pending(pending);
-            __syncwarp();
             const char* const slot = first_slot + i * step_bytes;
             const uint32_t address = ptx::shared_address(slot);
             const float4* reciprocals = reinterpret_cast<const float4*>(slot + slot_bytes - kReciprocalBytes) + u;
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                const float4 r = reciprocals[step * 4];
+            for (int pair = 0; pair < kPairs; ++pair) {
+                wait_until_pending(--pending);
+                __syncwarp();
 #pragma unroll
-                for (int pair = 0; pair < kPairs; ++pair) {
+                for (int step = 0; step < kSteps; ++step) {
+                    const float4 r = reciprocals[step * 4];
                     uint32_t a[4];
                     ptx::ldmatrix_x4(a, address + (offsets[pair] ^ step * 32));
                     if constexpr (low_rank) {
@@ -635,8 +648,8 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
                         raise(pair * 2 + 1, a[1], r.x, r.y);
                         raise(pair * 2 + 1, a[3], r.z, r.w);
                     }
+                    if (pair == kPairs - 1 && i + 1 < count) load_factors(step, first_group + (i + 1) * kCtaWarps);
                 }
-                if (i + 1 < count) load_factors(step, first_group + (i + 1) * kCtaWarps);
             }
         }
     };
