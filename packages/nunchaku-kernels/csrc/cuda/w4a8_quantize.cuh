@@ -523,7 +523,7 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_tokens(const __grid_cons
     }
 }
 
-constexpr int kResidentMaximaBytes = 512;  // two words per token
+constexpr int kResidentMaximaBytes = 512;  // two words per token of up to 6 tiles, and room behind them
 constexpr int kResidentTokens = 40;        // at most
 
 // low-rank sums of kTiles x 8 tokens and 32 ranks
@@ -539,6 +539,8 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
     constexpr bool kCluster = Team::kLargest > 1;
     constexpr int kPairs = (kTiles + 1) / 2, kBlocks = kRankTiles * 2;  // m16 tiles of tokens, n8 tiles of ranks
     constexpr int kSteps = kGroupSize / 16;
+    // A CTA that has its multiprocessor to itself finishes 16 tokens while it waits for the next.
+    constexpr int kPhasePairs = kCluster ? kPairs : 1, kPhases = kPairs / kPhasePairs, kPhaseTiles = kPhasePairs * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t* const own_maxima = reinterpret_cast<uint32_t*>(shared);
     uint32_t* const maxima = kCluster ? own_maxima + kResidentMaximaBytes / 8 : own_maxima;
@@ -555,27 +557,28 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
     {   // Rows of 16 are a copy group each, so that little is left to do when the last ones arrive.
         const int piece = lane % 8, first_row = lane / 8;
         const int valid_rows = static_cast<int>(min(static_cast<int64_t>(rows), p.tokens - first_token));
-        const uint32_t nowhere = ptx::shared_address(shared) + kResidentTokens * 4;  // unread; keeps copies branchless
-        for (int i = 0; i < count; ++i) {
-            const int64_t k = int64_t{first_group + i * kCtaWarps} * kGroupSize + piece * 8;
-            const bool inside = k < p.channels;
-            const char* source = p.x + (first_token + first_row) * p.row_bytes + k * 2;
-            // Rows first_row + 8 n and first_row + 4 + 8 n.
-            const uint32_t destination = ptx::shared_address(first_slot + i * step_bytes) + first_row * 128;
-            const uint32_t even = destination + (piece ^ first_row) * 16;
-            const uint32_t odd = destination + 512 + (piece ^ first_row ^ 4) * 16;
+        const uint32_t nowhere = ptx::shared_address(shared) + 192;  // unread; keeps copies branchless
+#pragma unroll 1
+        for (int phase = 0; phase < kPhases; ++phase)
+#pragma unroll 1
+            for (int i = 0; i < count; ++i) {
+                const int64_t k = int64_t{first_group + i * kCtaWarps} * kGroupSize + piece * 8;
+                const bool inside = k < p.channels;
+                const int start = phase * kPhasePairs * 16 + first_row;
+                const char* source = p.x + (first_token + start) * p.row_bytes + k * 2;
+                // Rows start + 8 n and start + 4 + 8 n.
+                const uint32_t destination = ptx::shared_address(first_slot + i * step_bytes) + start * 128;
+                const uint32_t even = destination + (piece ^ first_row) * 16;
+                const uint32_t odd = destination + 512 + (piece ^ first_row ^ 4) * 16;
 #pragma unroll
-            for (int pair = 0; pair < kPairs; ++pair) {
-#pragma unroll
-                for (int j = pair * 4; j < pair * 4 + 4; ++j) {
-                    const int row = first_row + j * 4;
+                for (int j = 0; j < kPhasePairs * 4; ++j) {
+                    const int row = start + j * 4;
                     const uint32_t to = (j % 2 ? odd : even) + j / 2 * 1024;
                     ptx::copy_16(row < rows ? to : nowhere, source, inside && row < valid_rows);
                     source += 4 * p.row_bytes;
+                    if (j % 4 == 3) ptx::commit_copies();
                 }
-                ptx::commit_copies();
             }
-        }
     }
     for (int index = threadIdx.x; index < kResidentMaximaBytes / 4; index += kCtaWarps * 32) own_maxima[index] = 0;
     uint4 factors[kSteps][kRankTiles] = {};
@@ -606,27 +609,53 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
     __syncthreads();  // maxima are zero
 
     float sums[kPairs][kBlocks][4] = {};
-    float largest[kTiles] = {};
-    const auto find_maxima = [&](auto shifted) {
+    const auto multiply = [&](int pair, int step, const uint32_t(&a)[4]) {
+#pragma unroll
+        for (int ranks = 0; ranks < kRankTiles; ++ranks) {
+            const uint4 b = factors[step][ranks];
+            ptx::mma_16<std::is_same_v<Element, BF16>>(sums[pair][ranks * 2], a, b.x, b.y);
+            ptx::mma_16<std::is_same_v<Element, BF16>>(sums[pair][ranks * 2 + 1], a, b.z, b.w);
+        }
+    };
+    // Where the lane's ldmatrix rows of a tile of 16 or 8 tokens begin.
+    const auto offset_of = [&](int row, int piece) {
+        row = min(row, rows - 1);
+        return static_cast<uint32_t>(row * 128 + (piece ^ row % 8) * 16);
+    };
+    int pending = count * kPairs;
+    float largest[kPhaseTiles] = {};
+    // In the last phase also the products of all tokens, so that the factor is read once.
+    const auto find_maxima = [&](auto shifted, auto last, int phase) {
+        constexpr int kBefore = kPairs - kPhasePairs;
         const auto raise = [&](int tile, uint32_t word, float r0, float r1) {
             const float2 x = unpacked<Element>(word);
             const float t0 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.x, p.shift) : x.x, r0);
             const float t1 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.y, p.shift) : x.y, r1);
             largest[tile] = ptx::max_magnitude(ptx::max_magnitude(largest[tile], t0), t1);
         };
-        uint32_t offsets[kPairs];
+        constexpr bool products = low_rank && decltype(last)::value;
+        uint32_t offsets[kPhasePairs];
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-            const int row = min(pair * 16 + lane % 16, rows - 1);
-            offsets[pair] = row * 128 + (lane / 16 ^ row % 8) * 16;
-        }
-        int pending = count * kPairs;
+        for (int pair = 0; pair < kPhasePairs; ++pair)
+            offsets[pair] = offset_of((phase * kPhasePairs + pair) * 16 + lane % 16, lane / 16);
+        const uint32_t full_offset = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;  // of a tile with all its tokens
+#pragma unroll 1
         for (int i = 0; i < count; ++i) {
             const char* const slot = first_slot + i * step_bytes;
             const uint32_t address = ptx::shared_address(slot);
             const float4* reciprocals = reinterpret_cast<const float4*>(slot + slot_bytes - kReciprocalBytes) + u;
+            if constexpr (products) {
 #pragma unroll
-            for (int pair = 0; pair < kPairs; ++pair) {
+                for (int pair = 0; pair < kBefore; ++pair)
+#pragma unroll
+                    for (int step = 0; step < kSteps; ++step) {
+                        uint32_t a[4];
+                        ptx::ldmatrix_x4(a, address + pair * 2048 + (full_offset ^ step * 32));
+                        multiply(pair, step, a);
+                    }
+            }
+#pragma unroll
+            for (int pair = 0; pair < kPhasePairs; ++pair) {
                 wait_until_pending(--pending);
                 __syncwarp();
 #pragma unroll
@@ -634,67 +663,33 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
                     const float4 r = reciprocals[step * 4];
                     uint32_t a[4];
                     ptx::ldmatrix_x4(a, address + (offsets[pair] ^ step * 32));
-                    if constexpr (low_rank) {
-#pragma unroll
-                        for (int ranks = 0; ranks < kRankTiles; ++ranks) {
-                            const uint4 b = factors[step][ranks];
-                            ptx::mma_16<std::is_same_v<Element, BF16>>(sums[pair][ranks * 2], a, b.x, b.y);
-                            ptx::mma_16<std::is_same_v<Element, BF16>>(sums[pair][ranks * 2 + 1], a, b.z, b.w);
-                        }
-                    }
+                    if constexpr (products) multiply(kBefore + pair, step, a);
                     raise(pair * 2, a[0], r.x, r.y);
                     raise(pair * 2, a[2], r.z, r.w);
-                    if (pair * 2 + 1 < kTiles) {
+                    if (!decltype(last)::value || (kBefore + pair) * 2 + 1 < kTiles) {
                         raise(pair * 2 + 1, a[1], r.x, r.y);
                         raise(pair * 2 + 1, a[3], r.z, r.w);
                     }
-                    if (pair == kPairs - 1 && i + 1 < count) load_factors(step, first_group + (i + 1) * kCtaWarps);
+                    if (products && pair == kPhasePairs - 1 && i + 1 < count)
+                        load_factors(step, first_group + (i + 1) * kCtaWarps);
                 }
             }
         }
     };
-    if (p.shift != 0)
-        find_maxima(std::true_type{});
-    else
-        find_maxima(std::false_type{});  // adding 0 changes neither a magnitude nor a code
 
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t bits = __float_as_uint(largest[tile]);
-        bits = max(bits, __shfl_xor_sync(~0u, bits, 1));
-        bits = max(bits, __shfl_xor_sync(~0u, bits, 2));
-        if (u == tile % 4) atomicMax(own_maxima + tile * 8 + lane / 4, bits);
-    }
-    __syncthreads();
-    if constexpr (kCluster) {
-        Team::arrive();
-        Team::wait();
-        const int words = threadIdx.x % 16, cta = threadIdx.x / 16;
-        if (words < kTiles * 2 && cta < static_cast<int>(Team::size())) {
-            const float4 theirs = Team::load(shared + words * 16, cta);
-            atomicMax(maxima + words * 4, __float_as_uint(theirs.x));
-            atomicMax(maxima + words * 4 + 1, __float_as_uint(theirs.y));
-            atomicMax(maxima + words * 4 + 2, __float_as_uint(theirs.z));
-            atomicMax(maxima + words * 4 + 3, __float_as_uint(theirs.w));
-        }
-        __syncthreads();
-    }
-
-    if (Team::rank() == 0 && static_cast<int>(threadIdx.x) < rows && first_token + threadIdx.x < p.tokens)
-        p.ascales[first_token + threadIdx.x] = TokenScale(maxima[threadIdx.x]).activation;
-    float inverse[kTiles];
-    uint32_t keep[kTiles], offsets[kTiles];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-        const TokenScale scale(maxima[tile * 8 + lane / 4]);
-        inverse[tile] = scale.inverse, keep[tile] = scale.keep;
-        const int row = min(tile * 8 + lane % 8, rows - 1);
-        offsets[tile] = row * 128 + (lane / 8 ^ row % 8) * 16;
-    }
     const int64_t code_row = int64_t{p.groups} * kGroupSize;
-    int8_t* const first_codes = p.codes + (first_token + lane / 4) * code_row + u * 16;
     const int lane_rows = static_cast<int>(min(static_cast<int64_t>(rows), p.tokens - first_token)) - lane / 4;
-    const auto round_all = [&](auto shifted) {
+    const auto round_all = [&](auto shifted, int first_tile) {
+        float inverse[kPhaseTiles];
+        uint32_t keep[kPhaseTiles], offsets[kPhaseTiles];
+#pragma unroll
+        for (int tile = 0; tile < kPhaseTiles; ++tile) {
+            const TokenScale scale(maxima[(first_tile + tile) * 8 + lane / 4]);
+            inverse[tile] = scale.inverse, keep[tile] = scale.keep;
+            offsets[tile] = offset_of((first_tile + tile) * 8 + lane % 8, lane / 8);
+        }
+        int8_t* const first_codes = p.codes + (first_token + first_tile * 8 + lane / 4) * code_row + u * 16;
+#pragma unroll 1
         for (int i = 0; i < count; ++i) {
             const char* const slot = first_slot + i * step_bytes;
             const uint32_t address = ptx::shared_address(slot);
@@ -704,7 +699,8 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
             for (int step = 0; step < kSteps; ++step) r[step] = reciprocals[step * 4];
             int8_t* out = first_codes + int64_t{first_group + i * kCtaWarps} * kGroupSize;
 #pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
+            for (int tile = 0; tile < kPhaseTiles; ++tile) {
+                if (kTiles % 2 && tile == kPhaseTiles - 1 && first_tile + tile >= kTiles) break;
                 uint32_t codes[8][2];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
@@ -714,23 +710,65 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
                     for (int j = 0; j < 4; ++j) {
                         const float4 quad = r[half * 2 + j / 2];
                         const float2 x = unpacked<Element>(words[j]);
-                        const float t0 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.x, p.shift) : x.x, j % 2 ? quad.z : quad.x);
-                        const float t1 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.y, p.shift) : x.y, j % 2 ? quad.w : quad.y);
+                        const float t0 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.x, p.shift) : x.x,
+                                                   j % 2 ? quad.z : quad.x);
+                        const float t1 = __fmul_rn(decltype(shifted)::value ? __fadd_rn(x.y, p.shift) : x.y,
+                                                   j % 2 ? quad.w : quad.y);
                         codes[half * 4 + j][0] = rounded(t0, inverse[tile]);
                         codes[half * 4 + j][1] = rounded(t1, inverse[tile]);
                     }
                 }
                 uint4 bytes = permuted_codes(codes);
                 bytes.x &= keep[tile], bytes.y &= keep[tile], bytes.z &= keep[tile], bytes.w &= keep[tile];
-                if (tile * 8 < lane_rows) *reinterpret_cast<uint4*>(out) = bytes;
+                if ((first_tile + tile) * 8 < lane_rows) *reinterpret_cast<uint4*>(out) = bytes;
                 out += 8 * code_row;
             }
         }
     };
-    if (p.shift != 0)
-        round_all(std::true_type{});
-    else
-        round_all(std::false_type{});
+
+#pragma unroll 1
+    for (int phase = 0; phase < kPhases; ++phase) {
+        const int first_tile = phase * kPhaseTiles;
+#pragma unroll
+        for (int tile = 0; tile < kPhaseTiles; ++tile) largest[tile] = 0;
+        const auto run = [&](auto last) {
+            if (p.shift != 0)
+                find_maxima(std::true_type{}, last, phase);
+            else
+                find_maxima(std::false_type{}, last, phase);  // adding 0 changes neither a magnitude nor a code
+        };
+        if (kPhases == 1 || phase == kPhases - 1)
+            run(std::true_type{});
+        else
+            run(std::false_type{});
+#pragma unroll
+        for (int tile = 0; tile < kPhaseTiles; ++tile) {
+            uint32_t bits = __float_as_uint(largest[tile]);
+            bits = max(bits, __shfl_xor_sync(~0u, bits, 1));
+            bits = max(bits, __shfl_xor_sync(~0u, bits, 2));
+            if (u == tile % 4) atomicMax(own_maxima + (first_tile + tile) * 8 + lane / 4, bits);
+        }
+        __syncthreads();
+        if constexpr (kCluster) {
+            Team::arrive();
+            Team::wait();
+            const int words = threadIdx.x % 16, cta = threadIdx.x / 16;
+            if (words < kTiles * 2 && cta < static_cast<int>(Team::size())) {
+                const float4 theirs = Team::load(shared + words * 16, cta);
+                atomicMax(maxima + words * 4, __float_as_uint(theirs.x));
+                atomicMax(maxima + words * 4 + 1, __float_as_uint(theirs.y));
+                atomicMax(maxima + words * 4 + 2, __float_as_uint(theirs.z));
+                atomicMax(maxima + words * 4 + 3, __float_as_uint(theirs.w));
+            }
+            __syncthreads();
+        }
+        if (p.shift != 0)
+            round_all(std::true_type{}, first_tile);
+        else
+            round_all(std::false_type{}, first_tile);
+    }
+    if (Team::rank() == 0 && static_cast<int>(threadIdx.x) < rows && first_token + threadIdx.x < p.tokens)
+        p.ascales[first_token + threadIdx.x] = TokenScale(maxima[threadIdx.x]).activation;
 
     if constexpr (low_rank) {
         constexpr int kPartial = kResidentPartialBytes<kTiles>, kFloats2 = kPartial / 8;
