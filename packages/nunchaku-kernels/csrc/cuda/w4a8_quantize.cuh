@@ -558,27 +558,35 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
         const int piece = lane % 8, first_row = lane / 8;
         const int valid_rows = static_cast<int>(min(static_cast<int64_t>(rows), p.tokens - first_token));
         const uint32_t nowhere = ptx::shared_address(shared) + 192;  // unread; keeps copies branchless
+        const int64_t first_k = int64_t{first_group} * kGroupSize + piece * 8, row_step = 4 * p.row_bytes;
+        const char* phase_source = p.x + (first_token + first_row) * p.row_bytes + first_k * 2;
+        // Rows first_row + 8 n and first_row + 4 + 8 n of the first slot.
+        const uint32_t even = ptx::shared_address(first_slot) + first_row * 128 + (piece ^ first_row) * 16;
+        const uint32_t odd = ptx::shared_address(first_slot) + first_row * 128 + 512 + (piece ^ first_row ^ 4) * 16;
+        const int inside_count = static_cast<int>(
+            first_k < p.channels ? (p.channels - first_k - 1) / (kCtaWarps * kGroupSize) + 1 : 0);
 #pragma unroll 1
-        for (int phase = 0; phase < kPhases; ++phase)
+        for (int phase = 0; phase < kPhases; ++phase) {
+            const int start = phase * kPhasePairs * 16;
+            const char* source = phase_source;
+            uint32_t offset = start * 128;
 #pragma unroll 1
             for (int i = 0; i < count; ++i) {
-                const int64_t k = int64_t{first_group + i * kCtaWarps} * kGroupSize + piece * 8;
-                const bool inside = k < p.channels;
-                const int start = phase * kPhasePairs * 16 + first_row;
-                const char* source = p.x + (first_token + start) * p.row_bytes + k * 2;
-                // Rows start + 8 n and start + 4 + 8 n.
-                const uint32_t destination = ptx::shared_address(first_slot + i * step_bytes) + start * 128;
-                const uint32_t even = destination + (piece ^ first_row) * 16;
-                const uint32_t odd = destination + 512 + (piece ^ first_row ^ 4) * 16;
+                const bool inside = i < inside_count;
+                const char* row_source = source;
 #pragma unroll
                 for (int j = 0; j < kPhasePairs * 4; ++j) {
-                    const int row = start + j * 4;
-                    const uint32_t to = (j % 2 ? odd : even) + j / 2 * 1024;
-                    ptx::copy_16(row < rows ? to : nowhere, source, inside && row < valid_rows);
-                    source += 4 * p.row_bytes;
+                    const int row = start + first_row + j * 4;
+                    const uint32_t to = (j % 2 ? odd : even) + j / 2 * 1024 + offset;
+                    ptx::copy_16(row < rows ? to : nowhere, row_source, inside && row < valid_rows);
+                    row_source += row_step;
                     if (j % 4 == 3) ptx::commit_copies();
                 }
+                source += kCtaWarps * kGroupSize * 2;
+                offset += step_bytes;
             }
+            phase_source += kPhasePairs * 4 * row_step;
+        }
     }
     for (int index = threadIdx.x; index < kResidentMaximaBytes / 4; index += kCtaWarps * 32) own_maxima[index] = 0;
     uint4 factors[kSteps][kRankTiles] = {};
