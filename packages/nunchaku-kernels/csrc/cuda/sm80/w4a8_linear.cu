@@ -17,8 +17,9 @@
 namespace nk::cuda::sm80 {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kStages = 4;
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kBlocks = 2;  // of a multiprocessor: one decodes while the other, which it never waits for, multiplies
+constexpr int kStages = 3;
 constexpr int kChunk = 128;                    // inputs, and bytes of a token in a stage
 constexpr int kStrips = 2;                     // of 16 channels, per warp
 constexpr int kWarpChannels = 16 * kStrips;
@@ -223,7 +224,7 @@ __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t* hidde
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) product(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) uint8_t shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int n_warp = warp % S::kNWarps, k_warp = warp / S::kNWarps;
@@ -363,7 +364,8 @@ int64_t cost(const Arguments& a, int processors) {
     const int64_t blocks = (a.tokens + S::kTokens - 1) / S::kTokens *
                            static_cast<int64_t>((a.padded_n + S::kChannels - 1) / S::kChannels);
     // Decoding costs a warp about as much as multiplying with 24 tokens.
-    return (blocks + processors - 1) / processors * S::kNWarps * (S::kTokens + 24);
+    const int64_t at_once = static_cast<int64_t>(processors) * kBlocks;
+    return (blocks + at_once - 1) / at_once * S::kNWarps * (S::kTokens + 24);
 }
 
 void choose_and_run(const Arguments& a, cudaStream_t stream) {
