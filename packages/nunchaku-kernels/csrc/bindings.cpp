@@ -31,15 +31,24 @@ FloatTensor tensor(Address address, int dtype) { return {at<const void>(address)
 
 FoldArguments fold_scales(Address qweight, Address wscales, int wscales_dtype, int64_t padded_n, int64_t padded_k,
                           Address row_scales, Address multipliers) {
-    return {at<const uint8_t>(qweight), tensor(wscales, wscales_dtype), padded_n, padded_k, at<float>(row_scales),
-            at<int16_t>(multipliers)};
+    return {at<const uint8_t>(qweight), tensor(wscales, wscales_dtype), padded_n, padded_k,
+            at<float>(row_scales),      at<int16_t>(multipliers)};
 }
 
 QuantizeArguments quantize(Address x, int x_dtype, int64_t tokens, int64_t channels, int64_t stride, int64_t padded_k,
                            Address smooth, int smooth_dtype, double shift, Address proj_down, int proj_down_dtype,
                            int64_t rank, Address codes, Address ascales, Address lora_act) {
-    return {tensor(x, x_dtype), tokens, channels, stride, padded_k, tensor(smooth, smooth_dtype),
-            static_cast<float>(shift), tensor(proj_down, proj_down_dtype), rank, at<int8_t>(codes), at<float>(ascales),
+    return {tensor(x, x_dtype),
+            tokens,
+            channels,
+            stride,
+            padded_k,
+            tensor(smooth, smooth_dtype),
+            static_cast<float>(shift),
+            tensor(proj_down, proj_down_dtype),
+            rank,
+            at<int8_t>(codes),
+            at<float>(ascales),
             at<float>(lora_act)};
 }
 
@@ -82,19 +91,28 @@ LinearArguments linear(Address codes, Address ascales, Address lora_act, int64_t
 AwqArguments awq_linear(Address x, int x_dtype, int64_t tokens, int64_t in_features, int64_t stride, Address qweight,
                         Address wscales, Address wzeros, int scales_dtype, Address bias, int bias_dtype,
                         int64_t out_features, int64_t group_size, Address out, int out_dtype) {
-    return {tensor(x, x_dtype), tokens, in_features, stride, at<const uint16_t>(qweight), at<const void>(wscales),
-            at<const void>(wzeros), scales_dtype, tensor(bias, bias_dtype), out_features, group_size, at<void>(out),
+    return {tensor(x, x_dtype),
+            tokens,
+            in_features,
+            stride,
+            at<const uint16_t>(qweight),
+            at<const void>(wscales),
+            at<const void>(wzeros),
+            scales_dtype,
+            tensor(bias, bias_dtype),
+            out_features,
+            group_size,
+            at<void>(out),
             out_dtype};
 }
 
 // The arguments of every operator, under the names Python gives them; what says where to run comes behind them.
-const auto fold_names = std::make_tuple("qweight"_a, "wscales"_a, "wscales_dtype"_a, "Np"_a, "Kp"_a, "row_scales"_a,
-                                        "multipliers"_a);
+const auto fold_names =
+    std::make_tuple("qweight"_a, "wscales"_a, "wscales_dtype"_a, "Np"_a, "Kp"_a, "row_scales"_a, "multipliers"_a);
 const auto quantize_names =
     std::make_tuple("x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "Kp"_a, "smooth"_a, "smooth_dtype"_a, "shift"_a,
                     "proj_down"_a, "proj_down_dtype"_a, "R"_a, "codes"_a, "ascales"_a, "lora_act"_a);
-const auto accumulate_names =
-    std::make_tuple("codes"_a, "qweight"_a, "multipliers"_a, "M"_a, "Np"_a, "Kp"_a, "out"_a);
+const auto accumulate_names = std::make_tuple("codes"_a, "qweight"_a, "multipliers"_a, "M"_a, "Np"_a, "Kp"_a, "out"_a);
 const auto linear_names =
     std::make_tuple("codes"_a, "ascales"_a, "lora_act"_a, "R"_a, "qweight"_a, "row_scales"_a, "multipliers"_a,
                     "proj_up"_a, "proj_up_dtype"_a, "rank_scale"_a, "wcscales"_a, "wcscales_dtype"_a, "bias"_a,
@@ -124,10 +142,8 @@ void define_cpu(nb::module_& module) {
     define(module, "w4a8_fold_scales", on_cpu(fold_scales, cpu::w4a8_fold_scales), fold_names, "threads"_a, "isa"_a);
     define(module, "w4a8_quantize", on_cpu(quantize, cpu::w4a8_quantize), quantize_names, "threads"_a, "isa"_a);
     define(module, "w4a8_accumulate",
-           on_cpu(accumulate,
-                  [](const AccumulateArguments& a, int64_t threads, const std::string& isa) {
-                      cpu::w4a8_accumulate(a.product, a.sums, threads, isa);
-                  }),
+           on_cpu(accumulate, [](const AccumulateArguments& a, int64_t threads,
+                                 const std::string& isa) { cpu::w4a8_accumulate(a.product, a.sums, threads, isa); }),
            accumulate_names, "threads"_a, "isa"_a);
     define(module, "w4a8_linear", on_cpu(linear, cpu::w4a8_linear), linear_names, "threads"_a, "isa"_a);
     define(module, "w4a16_linear", on_cpu(awq_linear, cpu::w4a16_linear), awq_names, "threads"_a, "isa"_a);
@@ -150,9 +166,8 @@ void define_cuda(nb::module_ module) {
     define_op("w4a8_fold_scales", on_cuda(fold_scales, cuda::w4a8_fold_scales), fold_names);
     define_op("w4a8_quantize", on_cuda(quantize, cuda::w4a8_quantize), quantize_names);
     define_op("w4a8_accumulate",
-              on_cuda(accumulate, [](const AccumulateArguments& a, const cuda::Launch& launch) {
-                  cuda::w4a8_accumulate(a.product, a.sums, launch);
-              }),
+              on_cuda(accumulate, [](const AccumulateArguments& a,
+                                     const cuda::Launch& launch) { cuda::w4a8_accumulate(a.product, a.sums, launch); }),
               accumulate_names);
     define_op("w4a8_linear", on_cuda(linear, cuda::w4a8_linear), linear_names);
     define_op("w4a16_linear", on_cuda(awq_linear, cuda::w4a16_linear), awq_names);

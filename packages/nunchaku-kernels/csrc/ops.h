@@ -1,5 +1,5 @@
-// What the native operators take, on any processor, and the checks of it. Tensors are contiguous unless a stride is given;
-// an absent tensor is a null pointer.
+// What the native operators take, on any processor, and the checks of it. Tensors are contiguous unless a stride is
+// given; an absent tensor is a null pointer.
 #pragma once
 
 #include <cstddef>

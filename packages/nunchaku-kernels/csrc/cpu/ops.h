@@ -1,4 +1,5 @@
-// The operators on the CPU: partition of the work, on top of one table of kernels (kernels.h). All validate their arguments.
+// The operators on the CPU: partition of the work, on top of one table of kernels (kernels.h). All validate their
+// arguments.
 #pragma once
 
 #include <string>

@@ -40,15 +40,15 @@ std::string select(const Launch& launch) {
     if (std::find(usable.begin(), usable.end(), launch.isa) != usable.end()) return launch.isa;
     std::string names;
     for (const std::string& name : usable) names += (names.empty() ? "" : ", ") + name;
-    throw std::invalid_argument("isa: expected one of " + (names.empty() ? "none on this device" : names) + ", given '" +
-                                launch.isa + "'");
+    throw std::invalid_argument("isa: expected one of " + (names.empty() ? "none on this device" : names) +
+                                ", given '" + launch.isa + "'");
 }
 
 }  // namespace
 
 std::vector<std::string> usable_isas(int64_t device) {
-    const int capability =
-        10 * attribute(device, cudaDevAttrComputeCapabilityMajor) + attribute(device, cudaDevAttrComputeCapabilityMinor);
+    const int capability = 10 * attribute(device, cudaDevAttrComputeCapabilityMajor) +
+                           attribute(device, cudaDevAttrComputeCapabilityMinor);
     std::vector<std::string> isas;
     if (capability >= 80) isas.push_back("sm80");
     if (capability == 90) isas.push_back("sm90");  // wgmma exists on sm_90a alone

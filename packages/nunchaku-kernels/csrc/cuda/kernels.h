@@ -18,7 +18,8 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Raises the limit of dynamic shared memory of `kernel` and launches it, in clusters of `cluster` CTAs (sm_90) if given.
+// Raises the limit of dynamic shared memory of `kernel` and launches it, in clusters of `cluster` CTAs (sm_90) if
+// given.
 template <class... Parameters, class... Arguments>
 void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                      cudaStream_t stream, const char* name, Arguments&&... arguments) {

@@ -1,5 +1,6 @@
-// The operators on NVIDIA GPUs: they check their arguments, choose a kernel for the device, and launch it on the caller's
-// stream without waiting for it. Wrong arguments throw std::invalid_argument, errors of the runtime std::runtime_error.
+// The operators on NVIDIA GPUs: they check their arguments, choose a kernel for the device, and launch it on the
+// caller's stream without waiting for it. Wrong arguments throw std::invalid_argument, errors of the runtime
+// std::runtime_error.
 #pragma once
 
 #include <cstdint>

@@ -89,7 +89,8 @@ __device__ __forceinline__ void store_8(void* data, DType dtype, size_t index, c
     for (int i = 0; i < 4; ++i)
         words[i] = dtype == DType::bf16 ? pack_bf16(values[2 * i], values[2 * i + 1])
                                         : pack_f16(values[2 * i], values[2 * i + 1]);
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + index) = make_uint4(words[0], words[1], words[2], words[3]);
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + index) =
+        make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 __device__ __forceinline__ void store_1(void* data, DType dtype, size_t index, float value) {

@@ -68,11 +68,11 @@ struct Alone {
 };
 
 template <int kElementBytes, int kTokens>
-constexpr int kSlotBytes = kTokens * kGroupSize * kElementBytes + kReciprocalBytes;
+constexpr int kSlotBytes = kTokens* kGroupSize* kElementBytes + kReciprocalBytes;
 
 // A warp's low-rank sums of one sweep; they fit where a slot keeps its 16-bit x.
 template <int kTokens>
-constexpr int kPartialBytes = kTokens * kRankTiles * 16 * 4;
+constexpr int kPartialBytes = kTokens* kRankTiles * 16 * 4;
 
 // One 64-group of kTokens tokens in shared memory. 16-byte pieces of a row are permuted, so that the eight rows that a
 // warp reads at once lie in different banks. Behind them 1 / smooth in published order, 0 for padding.
@@ -233,8 +233,7 @@ __device__ __forceinline__ float2 load_smooth(const Parameters& p, int group) {
 
 __device__ __forceinline__ void store_reciprocals(const Parameters& p, int group, float2 smooth, float* reciprocals) {
     const int position = threadIdx.x % 32 * 2;
-    const int64_t k =
-        int64_t{group} * kGroupSize + position / 16 * 16 + position % 16 / 4 * 2 + position % 4 / 2 * 8;
+    const int64_t k = int64_t{group} * kGroupSize + position / 16 * 16 + position % 16 / 4 * 2 + position % 4 / 2 * 8;
     reinterpret_cast<float2*>(reciprocals)[threadIdx.x % 32] = {k < p.channels ? __fdiv_rn(1.0f, smooth.x) : 0.0f,
                                                                 k + 1 < p.channels ? __fdiv_rn(1.0f, smooth.y) : 0.0f};
 }
@@ -502,7 +501,7 @@ __global__ void __launch_bounds__(kThreads, 2) quantize_tokens(const __grid_cons
             for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
                 for (int ranks = 0; ranks < kRankTiles; ++ranks) {
-                    float (&d)[4] = sums[tile][ranks];
+                    float(&d)[4] = sums[tile][ranks];
                     reinterpret_cast<float4*>(partials + warp * stride)[(tile * kRankTiles + ranks) * 32 + lane] = {
                         d[0], d[1], d[2], d[3]};
                     d[0] = d[1] = d[2] = d[3] = 0;
@@ -554,7 +553,7 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
     const int step_bytes = kCtaWarps * slot_bytes;
     char* const first_slot = slots + warp * slot_bytes;
 
-    {   // Rows of 16 are a copy group each, so that little is left to do when the last ones arrive.
+    {  // Rows of 16 are a copy group each, so that little is left to do when the last ones arrive.
         const int piece = lane % 8, first_row = lane / 8;
         const int valid_rows = static_cast<int>(min(static_cast<int64_t>(rows), p.tokens - first_token));
         const uint32_t nowhere = ptx::shared_address(shared) + 192;  // unread; keeps copies branchless
@@ -563,8 +562,8 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
         // Rows first_row + 8 n and first_row + 4 + 8 n of the first slot.
         const uint32_t even = ptx::shared_address(first_slot) + first_row * 128 + (piece ^ first_row) * 16;
         const uint32_t odd = ptx::shared_address(first_slot) + first_row * 128 + 512 + (piece ^ first_row ^ 4) * 16;
-        const int inside_count = static_cast<int>(
-            first_k < p.channels ? (p.channels - first_k - 1) / (kCtaWarps * kGroupSize) + 1 : 0);
+        const int inside_count =
+            static_cast<int>(first_k < p.channels ? (p.channels - first_k - 1) / (kCtaWarps * kGroupSize) + 1 : 0);
 #pragma unroll 1
         for (int phase = 0; phase < kPhases; ++phase) {
             const int start = phase * kPhasePairs * 16;

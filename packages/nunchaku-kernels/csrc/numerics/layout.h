@@ -37,9 +37,10 @@ NK_FUNCTION size_t lowrank_tile_position(size_t row, size_t column) {
     return row % 8 * 32 + column % 8 / 2 * 8 + row / 8 * 4 + column / 8 * 2 + column % 2;
 }
 
-// Where the W4A8 codes of an activation keep input channel k on CUDA: permuted inside its 64-group, so that the codes of a
-// published weight word (eight inputs) land in registers as mma fragments without a shuffle. A lane of the product's
-// B fragment (k32, channels 4q .. 4q+3 and 16 + 4q ..) then meets inputs 32j + 8q + {0, 4, 1, 5} and + {2, 6, 3, 7}.
+// Where the W4A8 codes of an activation keep input channel k on CUDA: permuted inside its 64-group, so that the codes
+// of a published weight word (eight inputs) land in registers as mma fragments without a shuffle. A lane of the
+// product's B fragment (k32, channels 4q .. 4q+3 and 16 + 4q ..) then meets inputs 32j + 8q + {0, 4, 1, 5} and + {2, 6,
+// 3, 7}.
 NK_FUNCTION size_t w4a8_code_position(size_t k) {
     const size_t half = k % 64 / 32, quad = k % 32 / 8;
     const size_t nibble_rank = k % 4 * 2 + k % 8 / 4;  // the low nibbles of both 16-bit halves of a word, then the next

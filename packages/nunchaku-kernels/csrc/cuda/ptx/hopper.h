@@ -12,7 +12,9 @@ __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
 }
 
 // Makes initialised barriers visible to bulk copies.
-__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -45,10 +47,10 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
 
 // Contiguous bytes, a multiple of 16.
 __device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     destination),
-                 "l"(source), "r"(bytes), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
 }
 
 // A box of a matrix; what lies outside of it is zero. `column` counts along rows.
@@ -106,7 +108,8 @@ __device__ __forceinline__ void sync_threads(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
 
-// Stores four 8 x 8 matrices of 16-bit elements, each transposed; lane i gives the address of row i % 8 of matrix i / 8.
+// Stores four 8 x 8 matrices of 16-bit elements, each transposed; lane i gives the address of row i % 8 of matrix i
+// / 8.
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]),
                  "r"(r[1]), "r"(r[2]), "r"(r[3])

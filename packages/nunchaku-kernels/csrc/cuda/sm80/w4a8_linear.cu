@@ -20,11 +20,11 @@ namespace {
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kBlocks = 2;  // of a multiprocessor: one decodes while the other, which it never waits for, multiplies
 constexpr int kStages = 3;
-constexpr int kChunk = 128;                    // inputs, and bytes of a token in a stage
-constexpr int kStrips = 2;                     // of 16 channels, per warp
+constexpr int kChunk = 128;  // inputs, and bytes of a token in a stage
+constexpr int kStrips = 2;   // of 16 channels, per warp
 constexpr int kWarpChannels = 16 * kStrips;
-constexpr int kRankBlock = 32;                 // ranks of the low-rank branch that are staged together
-constexpr int kHiddenPitch = kRankBlock + 8;   // elements of a staged token: no bank conflicts
+constexpr int kRankBlock = 32;                   // ranks of the low-rank branch that are staged together
+constexpr int kHiddenPitch = kRankBlock + 8;     // elements of a staged token: no bank conflicts
 constexpr int kOutputPitch = kWarpChannels + 4;  // floats: no bank conflicts
 
 struct Arguments {
@@ -132,8 +132,8 @@ __device__ __forceinline__ void decode_all(const Codes& codes, const Multipliers
     for (int i = 0; i < 4 * kStrips; ++i) decode_word(codes, multipliers, half, mask, i / 4, i % 4, to);
 }
 
-// Adds the products of one group of 64 inputs, the `half`-th of the chunk in `tile`, and decodes the next group meanwhile:
-// warps that wait for each other at the stages would otherwise all decode first and then all multiply.
+// Adds the products of one group of 64 inputs, the `half`-th of the chunk in `tile`, and decodes the next group
+// meanwhile: warps that wait for each other at the stages would otherwise all decode first and then all multiply.
 template <class S>
 __device__ __forceinline__ void multiply(const Operands& a, int half, uint32_t tile, int lane,
                                          int32_t (&sums)[kStrips][S::kTokenBlocks][4], const Codes& next_codes,
@@ -242,8 +242,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) product(const __grid_consta
             ptx::commit_copies();
         }
         const WeightSource source(a, active ? channel : 0, lane);
-        // A lane that has nothing to do loads what the first one loads. Weights are loaded one group of 64 inputs ahead of
-        // being decoded, and decoded one ahead of being multiplied.
+        // A lane that has nothing to do loads what the first one loads. Weights are loaded one group of 64 inputs ahead
+        // of being decoded, and decoded one ahead of being multiplied.
         int chunk = k_warp < chunks ? k_warp : 0;
         const uint32_t mask = code_mask();
         Multipliers multipliers = source.chunk_multipliers(chunk);
@@ -312,9 +312,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) product(const __grid_consta
             for (int s = 0; s < kStrips; ++s)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    y[s][block][i] = static_cast<float>(sums[s][block][i]) * ascale[i % 2] * scale[s][i / 2] *
-                                         factor[s][i / 2] +
-                                     bias[s][i / 2];
+                    y[s][block][i] =
+                        static_cast<float>(sums[s][block][i]) * ascale[i % 2] * scale[s][i / 2] * factor[s][i / 2] +
+                        bias[s][i / 2];
         }
     }
     if (a.rank) {
@@ -326,8 +326,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) product(const __grid_consta
     }
     if (!finishes) return;
 
-    // Through shared memory, so that a lane holds eight neighbouring channels of one token. (The loop over tokens is a real
-    // one: its body is long, and unrolled it would not fit the instruction cache.)
+    // Through shared memory, so that a lane holds eight neighbouring channels of one token. (The loop over tokens is a
+    // real one: its body is long, and unrolled it would not fit the instruction cache.)
     float* staged = reinterpret_cast<float*>(shared) + n_warp * S::kStagedTokens * kOutputPitch;
 #pragma unroll
     for (int first = 0; first < S::kTokenBlocks; first += S::kStagedTokens / 8) {
@@ -361,8 +361,8 @@ void run(const Arguments& a, cudaStream_t stream) {
 // Blocks that run after each other on one multiprocessor, times the work of one.
 template <class S>
 int64_t cost(const Arguments& a, int processors) {
-    const int64_t blocks = (a.tokens + S::kTokens - 1) / S::kTokens *
-                           static_cast<int64_t>((a.padded_n + S::kChannels - 1) / S::kChannels);
+    const int64_t blocks =
+        (a.tokens + S::kTokens - 1) / S::kTokens * static_cast<int64_t>((a.padded_n + S::kChannels - 1) / S::kChannels);
     // Decoding costs a warp about as much as multiplying with 24 tokens.
     const int64_t at_once = static_cast<int64_t>(processors) * kBlocks;
     return (blocks + at_once - 1) / at_once * S::kNWarps * (S::kTokens + 24);
@@ -379,10 +379,14 @@ void choose_and_run(const Arguments& a, cudaStream_t stream) {
     const int64_t costs[] = {cost<Many>(a, processors), cost<Some>(a, processors), cost<Few>(a, processors),
                              cost<Fewest>(a, processors)};
     switch (std::min_element(costs, costs + 4) - costs) {
-        case 0: return run<Many>(a, stream);
-        case 1: return run<Some>(a, stream);
-        case 2: return run<Few>(a, stream);
-        default: return run<Fewest>(a, stream);
+        case 0:
+            return run<Many>(a, stream);
+        case 1:
+            return run<Some>(a, stream);
+        case 2:
+            return run<Few>(a, stream);
+        default:
+            return run<Fewest>(a, stream);
     }
 }
 

@@ -2,9 +2,9 @@
 //
 // Persistent pairs of blocks (clusters of two) share a token tile: each loads half of it for both. A block has three
 // warpgroups. The first one moves data: one warp loads tokens and weights of 128 inputs per
-// stage, one stores finished tiles, two bring the low-rank hidden state. The other two multiply 64 channels each with all
-// tokens of the tile; weights are decoded in registers, straight from the published order, into the A operand of wgmma.
-// Sums become fp32 in place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
+// stage, one stores finished tiles, two bring the low-rank hidden state. The other two multiply 64 channels each with
+// all tokens of the tile; weights are decoded in registers, straight from the published order, into the A operand of
+// wgmma. Sums become fp32 in place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
 #include <cuda.h>
 
 #include <algorithm>
@@ -23,18 +23,18 @@
 namespace nk::cuda::sm90 {
 namespace {
 
-constexpr int kPair = 2;                             // blocks of a cluster
-constexpr int kConsumers = 2;                        // warpgroups that multiply
+constexpr int kPair = 2;       // blocks of a cluster
+constexpr int kConsumers = 2;  // warpgroups that multiply
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kChannels = 64 * kConsumers;           // of a tile
-constexpr int kBand = 6;                             // token tiles
-constexpr int kChunk = 128;                          // inputs of a stage
+constexpr int kChannels = 64 * kConsumers;  // of a tile
+constexpr int kBand = 6;                    // token tiles
+constexpr int kChunk = 128;                 // inputs of a stage
 constexpr int kWeightBytes = kChannels * kChunk / 2;
-constexpr int kRow = 128;                            // bytes of a token in a stage, and in an output or hidden tile
+constexpr int kRow = 128;  // bytes of a token in a stage, and in an output or hidden tile
 constexpr int kSharedLimit = 232448;
-constexpr int kRankBlock = 64;                       // ranks of the low-rank branch that are staged together
+constexpr int kRankBlock = 64;  // ranks of the low-rank branch that are staged together
 constexpr int kHiddenThreads = 64;
-constexpr int kFewTokens = 64;                        // up to here the portable kernel is the better one
+constexpr int kFewTokens = 64;  // up to here the portable kernel is the better one
 // What the producers give up must cover what the consumers take, of the 168 that every thread starts with.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert((168 - kProducerRegisters) >= kConsumers * (kConsumerRegisters - 168));
@@ -50,8 +50,8 @@ struct Arguments {
     int rank, activation, out_features, tokens_per_gate;
 };
 
-// Shared memory: stages of tokens, stages of weights, one output tile per consumer, scales of activations, barriers. The
-// hidden state of the low-rank branch lies where the first output tile goes afterwards.
+// Shared memory: stages of tokens, stages of weights, one output tile per consumer, scales of activations, barriers.
+// The hidden state of the low-rank branch lies where the first output tile goes afterwards.
 template <int tokens>
 struct Layout {
     static constexpr int kTokenBytes = tokens * kRow, kStageBytes = kTokenBytes + kWeightBytes;
@@ -89,14 +89,14 @@ struct Ring {
     }
 };
 
-// The tile of a block; tiles are counted in pairs of blocks. With an odd number of channel tiles the last one of a pair does
-// not exist: its block computes what `existing_channel` says, so that it can do its share of the copies, and its outputs lie
-// outside of the matrix.
+// The tile of a block; tiles are counted in pairs of blocks. With an odd number of channel tiles the last one of a pair
+// does not exist: its block computes what `existing_channel` says, so that it can do its share of the copies, and its
+// outputs lie outside of the matrix.
 struct Tile {
     int token, channel, existing_channel;
 
-    // Bands of a few token tiles are walked along the channels: blocks that run at the same time then share both tokens and
-    // weights, and L2 holds what they read.
+    // Bands of a few token tiles are walked along the channels: blocks that run at the same time then share both tokens
+    // and weights, and L2 holds what they read.
     __device__ Tile(const Arguments& a, int index, int rank, int tokens) {
         const int band = index / (kBand * a.channel_pairs), first = band * kBand;
         const int height = min(kBand, a.tiles / a.channel_pairs - first), place = index - first * a.channel_pairs;
@@ -123,8 +123,8 @@ __device__ void load_stages(const CUtensorMap* codes, const Arguments& a, uint32
             ptx::wait(barriers.empty(ring.stage), ring.parity ^ 1);
             const uint32_t full = barriers.full(ring.stage);
             ptx::arrive_expecting(full, L::kStageBytes);
-            ptx::tensor_load_multicast(shared + ring.stage * L::kTokenBytes + half * kRow, codes, k, tile.token + half, full,
-                                       (1 << kPair) - 1);
+            ptx::tensor_load_multicast(shared + ring.stage * L::kTokenBytes + half * kRow, codes, k, tile.token + half,
+                                       full, (1 << kPair) - 1);
             ptx::bulk_load(shared + L::kWeights + ring.stage * kWeightBytes, weights, kWeightBytes, full);
             ring.advance();
         }
@@ -187,7 +187,8 @@ __device__ void load_hidden(const Arguments& a, uint8_t* hidden, int thread,
     }
 }
 
-// The A operands of a chunk for a warp's 16 channels, and the multipliers of its two groups for the lane's two channels.
+// The A operands of a chunk for a warp's 16 channels, and the multipliers of its two groups for the lane's two
+// channels.
 struct Operands {
     uint32_t steps[4][4];
 };
@@ -232,8 +233,8 @@ __device__ __forceinline__ UpFactors load_up(const Arguments& a, int strip_chann
 // y += (lora_act * rank_scale) proj_up^T. `up` has the factors of the first block of ranks.
 template <int tokens, bool is_bf16>
 __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t hidden, int strip_channel, int lane,
-                                             UpFactors up, uint32_t& parity,
-                                             Barriers<Layout<tokens>::kStages> barriers, float (&y)[tokens / 2]) {
+                                             UpFactors up, uint32_t& parity, Barriers<Layout<tokens>::kStages> barriers,
+                                             float (&y)[tokens / 2]) {
     const uint64_t b = ptx::wgmma_operand(hidden);
 #pragma unroll 1
     for (int first = 0; first < a.rank; first += kRankBlock) {
@@ -254,8 +255,8 @@ __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t hidden
     }
 }
 
-// What the sums of the lane's two channels are multiplied by, and what is added; as loaded, so that nothing waits for it
-// before it is used.
+// What the sums of the lane's two channels are multiplied by, and what is added; as loaded, so that nothing waits for
+// it before it is used.
 struct ChannelTerms {
     uint32_t scale[2], factor[2], bias[2];
 
@@ -281,15 +282,16 @@ struct ChannelTerms {
     }
 };
 
-// Sums to fp32 outputs without the low-rank branch; `ascales` has those of the tile's tokens, from the lane's first one on.
+// Sums to fp32 outputs without the low-rank branch; `ascales` has those of the tile's tokens, from the lane's first one
+// on.
 template <int tokens>
 __device__ __forceinline__ void scale_sums(const Arguments& a, const ChannelTerms& terms, uint32_t ascales,
                                            const int32_t (&sums)[tokens / 2], float (&y)[tokens / 2]) {
-    float scale[2], factor[2], bias[2];
+    float scale[2], bias[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         scale[row] = __uint_as_float(terms.scale[row]);
-        factor[row] = a.wcscales ? ChannelTerms::value(terms.factor[row], a.wcscales_dtype) : 1.0f;
+        if (a.wcscales) scale[row] *= ChannelTerms::value(terms.factor[row], a.wcscales_dtype);
         bias[row] = a.bias ? ChannelTerms::value(terms.bias[row], a.bias_dtype) : 0.0f;
     }
 #pragma unroll
@@ -298,8 +300,7 @@ __device__ __forceinline__ void scale_sums(const Arguments& a, const ChannelTerm
         asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(ascale[0]), "=f"(ascale[1]) : "r"(ascales + 32 * block));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            y[4 * block + i] =
-                static_cast<float>(sums[4 * block + i]) * ascale[i % 2] * scale[i / 2] * factor[i / 2] + bias[i / 2];
+            y[4 * block + i] = static_cast<float>(sums[4 * block + i]) * ascale[i % 2] * scale[i / 2] + bias[i / 2];
     }
 }
 
@@ -315,8 +316,8 @@ __device__ __forceinline__ void apply_gate(const Arguments& a, const Tile& tile,
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int n = min(channel + 8 * i, a.out_features - 1);
-            gates[later][i] = load_float(a.gate, a.gate_dtype,
-                                         static_cast<size_t>(min(row + later, last_row)) * a.out_features + n);
+            gates[later][i] =
+                load_float(a.gate, a.gate_dtype, static_cast<size_t>(min(row + later, last_row)) * a.out_features + n);
         }
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block)
@@ -365,8 +366,8 @@ __device__ __forceinline__ void stage_output(uint32_t output, const float (&y)[t
 // Activation, gate and residual, and the rounding. Every step is a pass of its own under one branch: together in one
 // unrolled loop they would not fit the instruction cache.
 template <int tokens>
-__device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, const Tile& tile, int consumer, int channel,
-                                       int first_token, float (&y)[tokens / 2]) {
+__device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, const Tile& tile, int consumer,
+                                       int channel, int first_token, float (&y)[tokens / 2]) {
     const uint32_t output = outputs + consumer * tokens * kRow;
     if (a.activation == 1) {
 #pragma unroll
@@ -419,11 +420,21 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         const uint32_t* upper_row =
             reinterpret_cast<const uint32_t*>(a.multipliers + static_cast<size_t>(channel) * groups);
         const uint32_t* lower_row = upper_row + 4 * groups;  // eight channels on
-        const auto multipliers_of = [&](int chunk) {
-            const int existing = min(chunk, chunks - 1);
-            return Multipliers{__ldg(upper_row + existing), __ldg(lower_row + existing)};
+        // A lane loads the multipliers of every fourth chunk, for all four lanes that share its channels: loads from
+        // rows far apart are dear, shuffles are not.
+        const auto load_multipliers = [&](int chunk) {
+            const int own = min(chunk + lane % 4, chunks - 1);
+            return Multipliers{__ldg(upper_row + own), __ldg(lower_row + own)};
         };
-        const auto codes_of = [&](const Ring<L::kStages>& at, uint4 (&codes)[2]) {
+        Multipliers four = load_multipliers(0), next_four = load_multipliers(4);
+        const auto multipliers_of = [&](int chunk) {  // chunks in ascending order, each once
+            if (chunk % 4 == 0 && chunk) {
+                four = next_four;
+                next_four = load_multipliers(chunk + 4);
+            }
+            return Multipliers{__shfl_sync(~0u, four.upper, chunk % 4, 4), __shfl_sync(~0u, four.lower, chunk % 4, 4)};
+        };
+        const auto codes_of = [&](const Ring<L::kStages>& at, uint4(&codes)[2]) {
             ptx::wait(barriers.full(at.stage), at.parity);
             codes[0] = load_shared(strip + at.stage * kWeightBytes);
             codes[1] = load_shared(strip + at.stage * kWeightBytes + kChannels * kGroup / 2);
@@ -436,7 +447,6 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
             ptx::wgmma_commit();
         };
         // Starts a chunk's products, and decodes the next chunk while they run.
-        Multipliers multipliers = multipliers_of(0), next_multipliers = multipliers_of(1);
         int chunk = 0, finished = -1;
         const auto step = [&](const Operands& current, Operands& next) {
             issue(current);
@@ -444,8 +454,7 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
             ring.advance();
             uint4 codes[2];
             codes_of(ring, codes);
-            multipliers = next_multipliers;
-            next_multipliers = multipliers_of(++chunk + 1);
+            const Multipliers multipliers = multipliers_of(++chunk);
             ptx::wgmma_wait<1>();
             if (finished >= 0) release(finished);
             finished = stage;
@@ -462,7 +471,7 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         {
             uint4 codes[2];
             codes_of(ring, codes);
-            decode_chunk(codes, multipliers, mask, even);
+            decode_chunk(codes, multipliers_of(0), mask, even);
         }
 #pragma unroll 1
         while (chunk + 2 < chunks) {
@@ -500,11 +509,10 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         scale_sums<tokens>(a, terms, scales + lane % 4 * 8, sums, y);
         if (a.rank) {
             if (a.up_dtype == DType::bf16)
-                add_low_rank<tokens, true>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity,
-                                           barriers, y);
+                add_low_rank<tokens, true>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity, barriers, y);
             else
-                add_low_rank<tokens, false>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity,
-                                           barriers, y);
+                add_low_rank<tokens, false>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity, barriers,
+                                            y);
             ptx::sync_threads<128 * kConsumers>(1);  // the hidden state makes room for outputs
         } else {
             ptx::wait(barriers.output_empty(), output_parity);
@@ -523,7 +531,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const __grid_constant__ Arguments a) {
     using L = Layout<tokens>;
     extern __shared__ __align__(1024) uint8_t memory[];  // the swizzle counts from multiples of 1024
-    uint32_t shared;  // volatile, or it is computed again wherever it is needed
+    uint32_t shared;                                     // volatile, or it is computed again wherever it is needed
     asm volatile("mov.u32 %0, %1;" : "=r"(shared) : "r"(ptx::shared_address(memory)));
     const Barriers<L::kStages> barriers{shared + L::kBarriers};
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -603,8 +611,8 @@ void choose_and_run(const Arguments& a, const int8_t* codes, void* out, cudaStre
     int device = 0, processors = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
-    // Tiles that one pair of blocks works off, times the cost of one, in tokens. Measured: what is not hidden of decoding
-    // costs as much as 60 tokens, and what comes after the products as much as 30 at K = 3072.
+    // Tiles that one pair of blocks works off, times the cost of one, in tokens. Measured: what is not hidden of
+    // decoding costs as much as 60 tokens, and what comes after the products as much as 30 at K = 3072.
     const auto cost = [&](int tokens) {
         const int64_t tiles = static_cast<int64_t>((a.tokens + tokens - 1) / tokens) * a.channel_pairs;
         const int pairs = processors / kPair;
@@ -614,11 +622,16 @@ void choose_and_run(const Arguments& a, const int8_t* codes, void* out, cudaStre
     for (const int tokens : {224, 208, 192, 128})
         if (cost(tokens) < cost(best)) best = tokens;
     switch (best) {
-        case 256: return run<256>(a, codes, out, processors, stream);
-        case 224: return run<224>(a, codes, out, processors, stream);
-        case 208: return run<208>(a, codes, out, processors, stream);
-        case 192: return run<192>(a, codes, out, processors, stream);
-        default: return run<128>(a, codes, out, processors, stream);
+        case 256:
+            return run<256>(a, codes, out, processors, stream);
+        case 224:
+            return run<224>(a, codes, out, processors, stream);
+        case 208:
+            return run<208>(a, codes, out, processors, stream);
+        case 192:
+            return run<192>(a, codes, out, processors, stream);
+        default:
+            return run<128>(a, codes, out, processors, stream);
     }
 }
 
