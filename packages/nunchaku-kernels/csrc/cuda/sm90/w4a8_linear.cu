@@ -1,10 +1,10 @@
 // The W4A8 product with wgmma (sm_90a): Y^T = W X^T, with the same int32 sums as the portable kernel.
 //
 // Persistent pairs of blocks (clusters of two) share a token tile: each loads half of it for both. A block has three
-// warpgroups. The first one moves data: one warp loads tokens and weights of 128 inputs per
-// stage, one stores finished tiles, two bring the low-rank hidden state. The other two multiply 64 channels each with
-// all tokens of the tile; weights are decoded in registers, straight from the published order, into the A operand of
-// wgmma. Sums become fp32 in place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
+// warpgroups. The first one moves data: one warp loads tokens and weights of 128 inputs per stage, one stores finished
+// tiles, two bring the low-rank hidden state. The other two multiply 64 channels each with all tokens of the tile;
+// weights are decoded in registers, straight from the published order, into the A operand of wgmma. Sums become fp32 in
+// place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
 #include <cuda.h>
 
 #include <algorithm>
@@ -153,10 +153,9 @@ __device__ void store_tiles(const CUtensorMap* out, const Arguments& a, uint32_t
 template <int tokens>
 __device__ void load_hidden(const Arguments& a, uint8_t* hidden, int thread,
                             Barriers<Layout<tokens>::kStages> barriers) {
-    const int rank = 0;  // both blocks of a pair have the same tokens
     uint32_t output_parity = 1, empty_parity = 1;
     for (int index = first_tile(); index < a.tiles; index += tile_step()) {
-        const Tile tile(a, index, rank, tokens);
+        const Tile tile(a, index, 0, tokens);  // both blocks of a pair have the same tokens
         for (int first = 0; first < a.rank; first += kRankBlock) {
             // Before the first block: the last tile was stored. Before the others: the block before was multiplied.
             if (first == 0) {

@@ -70,12 +70,6 @@ def _(qweight: torch.Tensor, wscales: torch.Tensor) -> tuple[torch.Tensor, torch
     )
 
 
-def _fragments(factor: torch.Tensor | None) -> torch.Tensor | None:
-    """A low-rank factor whose fragments begin on 16 bytes, as CUDA loads them; a slice of a larger tensor may not."""
-    factor = dense(factor)
-    return factor.clone() if factor is not None and factor.is_cuda and factor.data_ptr() % 16 else factor
-
-
 @implement("w4a8_quantize", "CompositeExplicitAutograd")
 def _quantize(
     x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
@@ -89,7 +83,7 @@ def _quantize(
     x, smooth = dense_rows(x), dense(smooth)
     # Tensor cores multiply 16-bit factors of one dtype; other branches are rare and go through torch.
     apart = proj_down is not None and x.is_cuda and (x.dtype == torch.float32 or proj_down.dtype != x.dtype)
-    separate, proj_down = (proj_down, None) if apart else (None, _fragments(proj_down))
+    separate, proj_down = (proj_down, None) if apart else (None, dense(proj_down))
     tokens, channels = x.shape
     rank = 0 if proj_down is None else proj_down.shape[1]
     codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
