@@ -1,6 +1,6 @@
 // Activations to int8 with one scale per token, and the low-rank down projection of the same tokens, in one pass over
 // x.
-#include "../w4a8_quantize.cuh"
+#include "../quantize/launch.cuh"
 
 namespace nk::cuda::sm80 {
 

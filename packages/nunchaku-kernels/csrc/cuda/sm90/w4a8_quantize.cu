@@ -1,7 +1,7 @@
 // The same in clusters: CTAs that split the channels of a tile of tokens keep larger tiles in shared memory, so that
 // the low-rank factor is read less often, and rows that no multiprocessor could hold.
 #include "../ptx/cluster.h"
-#include "../w4a8_quantize.cuh"
+#include "../quantize/launch.cuh"
 
 namespace nk::cuda::sm90 {
 namespace {
