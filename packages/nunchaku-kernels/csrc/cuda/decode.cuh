@@ -3,14 +3,13 @@
 
 #include <cstdint>
 
+#include "ptx/arithmetic.h"
+
 namespace nk::cuda {
 
-// The codes of a word that are decoded together, at their place after a shift.
-__device__ __forceinline__ uint32_t code_mask() {
-    uint32_t mask;
-    asm volatile("mov.u32 %0, 0x000f000f;" : "=r"(mask));
-    return mask;
-}
+// The codes of a word that are decoded together, at their place after a shift. In a register: (codes & mask) ^ 8 is one
+// instruction only if the mask is no constant.
+__device__ __forceinline__ uint32_t code_mask() { return ptx::opaque(0x000f000fu); }
 
 // The multiplier of one group of one output channel, and the constant that goes with it for codes raised by 8.
 struct GroupMultiplier {
@@ -27,9 +26,7 @@ struct GroupMultiplier {
 // lower half may borrow one from the upper, whose upper byte that cannot change: m is even and 129 odd.
 __device__ __forceinline__ void decode(uint32_t codes, GroupMultiplier m, uint32_t& low, uint32_t& high) {
     const auto pair = [&](int shift) {
-        uint32_t raised;  // (codes & mask) ^ 8, in one instruction only if the mask is in a register
-        asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(raised) : "r"(codes >> shift), "r"(m.mask), "n"(0x00080008));
-        return raised * m.factor + m.offset;
+        return ptx::and_xor(codes >> shift, m.mask, 0x00080008u) * m.factor + m.offset;
     };
     low = __byte_perm(pair(0), pair(4), 0x7531);
     high = __byte_perm(pair(8), pair(12), 0x7531);

@@ -8,6 +8,7 @@
 
 #include "../numerics/dtype.h"
 #include "../ops.h"
+#include "kernels.h"
 
 namespace nk::cuda {
 
@@ -19,8 +20,6 @@ struct Tail {
     int tokens, out_features, tokens_per_gate;
     bool vectors;  // rows of out, gate and residual start at multiples of 16 bytes
 };
-
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline Tail make_tail(const LinearArguments& a) {
     Tail tail{};

@@ -16,9 +16,9 @@
 
 #include "../numerics/layout.h"
 #include "../ops.h"
+#include "kernels.h"
+#include "ptx/arithmetic.h"
 #include "ptx/async_copy.h"
-#include "ptx/async_copy_few.h"
-#include "ptx/logic.h"
 #include "ptx/mma.h"
 
 namespace nk::cuda {
@@ -56,7 +56,7 @@ inline W4a16 make_w4a16(const AwqArguments& a) {
     p.scales_dtype = static_cast<DType>(a.scales_dtype);
     p.bias_dtype = static_cast<DType>(a.bias.dtype);
     p.out_dtype = static_cast<DType>(a.out_dtype);
-    p.x_vectors = reinterpret_cast<uintptr_t>(a.x.data) % 16 == 0 && (a.tokens == 1 || a.stride % 8 == 0);
+    p.x_vectors = aligned(a.x.data) && (a.tokens == 1 || a.stride % 8 == 0);
     return p;
 }
 

@@ -3,15 +3,22 @@
 
 #include <cstdint>
 
-namespace nk::cuda::ptx {
+#include "shared.h"
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace nk::cuda::ptx {
 
 // 16 bytes through L2 only; zeros where `valid` is false, and then `source` is not read.
 __device__ __forceinline__ void copy_16(uint32_t destination, const void* source, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// 4 or 8 bytes; zeros where `valid` is false, and then `source` is not read.
+template <int bytes>
+__device__ __forceinline__ void copy_few(uint32_t destination, const void* source, bool valid) {
+    static_assert(bytes == 4 || bytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(bytes),
+                 "r"(valid ? bytes : 0)
                  : "memory");
 }
 

@@ -53,17 +53,8 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, const void* sour
         : "memory");
 }
 
-// A box of a matrix; what lies outside of it is zero. `column` counts along rows.
-__device__ __forceinline__ void tensor_load(uint32_t destination, const CUtensorMap* map, int column, int row,
-                                            uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            destination),
-        "l"(map), "r"(column), "r"(row), "r"(barrier)
-        : "memory");
-}
-
-// The same for all CTAs of the cluster whose bit is set in `ctas`: each gets the box and the signal at these addresses.
+// A box of a matrix, to all CTAs of the cluster whose bit is set in `ctas`: each gets it, and the signal, at these
+// addresses. What lies outside of the matrix is zero. `column` counts along rows.
 __device__ __forceinline__ void tensor_load_multicast(uint32_t destination, const CUtensorMap* map, int column, int row,
                                                       uint32_t barrier, uint16_t ctas) {
     asm volatile(

@@ -15,13 +15,6 @@ struct Plan {
     int64_t ctas;
 };
 
-inline int device_attribute(cudaDeviceAttr which) {
-    int device = 0, value = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-    return value;
-}
-
 inline Plan plan_for(int tokens_per_tile, int largest_team, const QuantizeArguments& a) {
     constexpr int kReservedBytes = 1024;  // of every CTA
     const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
@@ -159,7 +152,6 @@ void run(const QuantizeArguments& a, cudaStream_t stream) {
     const size_t element_bytes = size_of(dtype);
     require(!a.rank || (a.proj_down.dtype == a.x.dtype && dtype != DType::f32), "proj_down_dtype",
             "the 16-bit dtype of x", a.proj_down.dtype);
-    const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
     require(aligned(a.codes), "codes", "an address that is a multiple of 16", reinterpret_cast<intptr_t>(a.codes));
     require(aligned(a.proj_down.data), "proj_down", "an address that is a multiple of 16",
             reinterpret_cast<intptr_t>(a.proj_down.data));

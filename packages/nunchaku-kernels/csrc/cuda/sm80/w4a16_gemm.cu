@@ -7,6 +7,7 @@
 
 #include "../kernels.h"
 #include "../w4a16.cuh"
+#include "add_up.cuh"
 
 namespace nk::cuda::sm80 {
 namespace {
@@ -125,29 +126,6 @@ __device__ __forceinline__ void multiply(const Fragments& fragments, const uint8
     }
 }
 
-// Adds up the sums of the warps that share out the inputs, in the first of them.
-template <class S>
-__device__ __forceinline__ void reduce(float* scratch, int n_warp, int k_warp, int lane,
-                                       float (&sums)[kStrips][S::kTokenBlocks][4]) {
-    if constexpr (S::kKWarps > 1) {
-        float* flat = &sums[0][0][0];
-        if (k_warp) {
-            float* mine = scratch + ((k_warp - 1) * S::kNWarps + n_warp) * S::kAccumulators * 32 + lane;
-#pragma unroll
-            for (int i = 0; i < S::kAccumulators; ++i) mine[32 * i] = flat[i];
-        }
-        __syncthreads();
-        if (!k_warp) {
-#pragma unroll
-            for (int other = 0; other < S::kKWarps - 1; ++other)
-#pragma unroll
-                for (int i = 0; i < S::kAccumulators; ++i)
-                    flat[i] += scratch[((other * S::kNWarps + n_warp) * S::kAccumulators + i) * 32 + lane];
-        }
-        __syncthreads();
-    }
-}
-
 // Through shared memory, so that a lane holds eight neighbouring channels of one token.
 template <class S>
 __device__ __forceinline__ void store(const W4a16& p, float* staged, int first_token, int channel, int lane,
@@ -231,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ W4a1
     }
     ptx::wait_for_copies<0>();
     __syncthreads();
-    reduce<S>(reinterpret_cast<float*>(shared), n_warp, k_warp, lane, sums);
+    add_up<S>(reinterpret_cast<float*>(shared), n_warp, k_warp, lane, sums);
     if (!k_warp)
         store<S>(p, reinterpret_cast<float*>(shared) + warp * kStagedTokens * kOutputPitch, first_token, channel, lane,
                  sums);
@@ -248,29 +226,15 @@ void run(const W4a16& p, cudaStream_t stream) {
            stream, "w4a16_linear (gemm)", p);
 }
 
-struct Device {
-    int processors, shared_bytes;  // shared memory that a block can have
-};
-
-Device current_device() {
-    int device = 0;
-    Device result{};
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&result.processors, cudaDevAttrMultiProcessorCount, device), "device");
-    check(cudaDeviceGetAttribute(&result.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
-    return result;
-}
-
 // Clocks that a launch should take. A chunk takes a multiprocessor what its products take or what its bytes take, which
 // come from a second-level cache that all share. The constants are those of an H100.
 template <class S>
-double cost(const W4a16& p, const Device& device) {
-    if (S::kSharedBytes > device.shared_bytes) return std::numeric_limits<double>::infinity();
+double cost(const W4a16& p, int processors, int shared_bytes) {
+    if (S::kSharedBytes > shared_bytes) return std::numeric_limits<double>::infinity();
     constexpr double kProductsPerClock = 1200, kBytesPerClock = 3000, kBytesPerClockOfOne = 48, kStartClocks = 2500;
     const dim3 grid = grid_of<S>(p);
-    const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y,
-                  rounds = (blocks + device.processors - 1) / device.processors;
-    const double running = static_cast<double>(std::min<int64_t>(blocks, device.processors));
+    const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y, rounds = (blocks + processors - 1) / processors;
+    const double running = static_cast<double>(std::min<int64_t>(blocks, processors));
     const double products = static_cast<double>(S::kTokens + 8) * S::kChannels * kChunkInputs;  // 8: the decoding
     const double bytes = S::kTileBytes + S::kNWarps * Weights::kBytes;
     const double clocks =
@@ -280,8 +244,9 @@ double cost(const W4a16& p, const Device& device) {
 
 template <class... Shapes>
 void run_cheapest(const W4a16& p, cudaStream_t stream) {
-    const Device device = current_device();
-    const std::array costs = {cost<Shapes>(p, device)...};
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+    const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    const std::array costs = {cost<Shapes>(p, processors, shared_bytes)...};
     constexpr std::array runs = {&run<Shapes>...};
     runs[std::min_element(costs.begin(), costs.end()) - costs.begin()](p, stream);
 }

@@ -13,6 +13,7 @@
 #include "../ptx/async_copy.h"
 #include "../ptx/mma.h"
 #include "../tail.cuh"
+#include "add_up.cuh"
 
 namespace nk::cuda::sm80 {
 namespace {
@@ -161,29 +162,6 @@ __device__ __forceinline__ void multiply(const Operands& a, int half, uint32_t t
     }
 }
 
-// Adds up the sums of the warps that share out the inputs, in the first of them.
-template <class S>
-__device__ __forceinline__ void reduce(int32_t* scratch, int n_warp, int k_warp, int lane,
-                                       int32_t (&sums)[kStrips][S::kTokenBlocks][4]) {
-    if constexpr (S::kKWarps > 1) {
-        int32_t* flat = &sums[0][0][0];
-        if (k_warp) {
-            int32_t* mine = scratch + ((k_warp - 1) * S::kNWarps + n_warp) * S::kAccumulators * 32 + lane;
-#pragma unroll
-            for (int i = 0; i < S::kAccumulators; ++i) mine[32 * i] = flat[i];
-        }
-        __syncthreads();
-        if (!k_warp) {
-#pragma unroll
-            for (int other = 0; other < S::kKWarps - 1; ++other)
-#pragma unroll
-                for (int i = 0; i < S::kAccumulators; ++i)
-                    flat[i] += scratch[((other * S::kNWarps + n_warp) * S::kAccumulators + i) * 32 + lane];
-        }
-        __syncthreads();
-    }
-}
-
 // y += (lora_act * rank_scale) proj_up^T, both factors in the dtype of proj_up, accumulated in fp32.
 template <class S, bool is_bf16>
 __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t* hidden, int first_token, int channel,
@@ -270,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) product(const __grid_consta
         ptx::wait_for_copies<0>();
         __syncthreads();
     }
-    reduce<S>(reinterpret_cast<int32_t*>(shared), n_warp, k_warp, lane, sums);
+    add_up<S>(reinterpret_cast<int32_t*>(shared), n_warp, k_warp, lane, sums);
     const bool finishes = active && k_warp == 0;
 
     if (a.sums) {
@@ -369,9 +347,7 @@ int64_t cost(const Arguments& a, int processors) {
 }
 
 void choose_and_run(const Arguments& a, cudaStream_t stream) {
-    int device = 0, processors = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
     using Many = Shape<128, 1>;
     using Some = Shape<64, 2>;
     using Few = Shape<32, 4>;

@@ -5,8 +5,6 @@
 // tiles, two bring the low-rank hidden state. The other two multiply 64 channels each with all tokens of the tile;
 // weights are decoded in registers, straight from the published order, into the A operand of wgmma. Sums become fp32 in
 // place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
-#include <cuda.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -14,11 +12,13 @@
 #include "../../numerics/layout.h"
 #include "../decode.cuh"
 #include "../kernels.h"
-#include "../ptx/async_copy.h"
+#include "../ptx/arithmetic.h"
 #include "../ptx/cluster.h"
 #include "../ptx/hopper.h"
+#include "../ptx/shared.h"
 #include "../ptx/wgmma.h"
 #include "../tail.cuh"
+#include "tensor_map.h"
 
 namespace nk::cuda::sm90 {
 namespace {
@@ -206,12 +206,6 @@ __device__ __forceinline__ void decode_chunk(const uint4 (&codes)[2], Multiplier
     }
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-    return v;
-}
-
 // The factors of one block of ranks for a warp's 16 channels; a rank that does not exist repeats the last ones.
 struct UpFactors {
     uint4 steps[kRankBlock / 16];
@@ -295,8 +289,8 @@ __device__ __forceinline__ void scale_sums(const Arguments& a, const ChannelTerm
     }
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block) {
-        float ascale[2];
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(ascale[0]), "=f"(ascale[1]) : "r"(ascales + 32 * block));
+        const float2 pair = ptx::load_shared_floats(ascales + 32 * block);
+        const float ascale[2] = {pair.x, pair.y};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             y[4 * block + i] = static_cast<float>(sums[4 * block + i]) * ascale[i % 2] * scale[i / 2] + bias[i / 2];
@@ -334,9 +328,7 @@ __device__ __forceinline__ void load_residual(const Arguments& a, uint32_t outpu
         if (first_token + token >= a.tokens || n >= a.out_features) continue;
         const uint4 bits = __ldg(reinterpret_cast<const uint4*>(
             static_cast<const uint16_t*>(a.residual) + static_cast<size_t>(first_token + token) * a.out_features + n));
-        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(output + token * kRow + 16 * (piece ^ token % 8)),
-                     "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
-                     : "memory");
+        ptx::store_shared_16(output + token * kRow + 16 * (piece ^ token % 8), bits);
     }
 }
 
@@ -435,8 +427,8 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         };
         const auto codes_of = [&](const Ring<L::kStages>& at, uint4(&codes)[2]) {
             ptx::wait(barriers.full(at.stage), at.parity);
-            codes[0] = load_shared(strip + at.stage * kWeightBytes);
-            codes[1] = load_shared(strip + at.stage * kWeightBytes + kChannels * kGroup / 2);
+            codes[0] = ptx::load_shared_16(strip + at.stage * kWeightBytes);
+            codes[1] = ptx::load_shared_16(strip + at.stage * kWeightBytes + kChannels * kGroup / 2);
         };
         const auto issue = [&](const Operands& a_operands) {
             const uint64_t b = tokens_operand + ring.stage * (L::kTokenBytes >> 4);
@@ -502,8 +494,7 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         // Double: the other consumer may still be reading those of the last tile.
         const uint32_t scales = shared + L::kScales + scale_set * L::kScaleBytes;
         scale_set ^= 1;
-        if (consumer_thread < tokens)
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * consumer_thread), "f"(my_ascale) : "memory");
+        if (consumer_thread < tokens) ptx::store_shared_float(scales + 4 * consumer_thread, my_ascale);
         ptx::sync_threads<128 * kConsumers>(1);
         scale_sums<tokens>(a, terms, scales + lane % 4 * 8, sums, y);
         if (a.rank) {
@@ -530,8 +521,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const __grid_constant__ Arguments a) {
     using L = Layout<tokens>;
     extern __shared__ __align__(1024) uint8_t memory[];  // the swizzle counts from multiples of 1024
-    uint32_t shared;                                     // volatile, or it is computed again wherever it is needed
-    asm volatile("mov.u32 %0, %1;" : "=r"(shared) : "r"(ptx::shared_address(memory)));
+    const uint32_t shared = ptx::opaque(ptx::shared_address(memory));
     const Barriers<L::kStages> barriers{shared + L::kBarriers};
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
@@ -566,50 +556,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_wait();
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, found at run time: the module must load where there is no driver.
-Encode find_encode() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("cuTensorMapEncodeTiled: not in this driver");
-    return reinterpret_cast<Encode>(function);
-}
-
-// A matrix of `rows` x `columns` elements in boxes of `box_rows` rows of 128 bytes.
-CUtensorMap make_map(const void* data, CUtensorMapDataType type, int element_bytes, int64_t rows, int64_t columns,
-                     int box_rows) {
-    static const Encode encode = find_encode();
-    CUtensorMap map{};
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * element_bytes};
-    const cuuint32_t box[2] = {static_cast<cuuint32_t>(kRow / element_bytes), static_cast<cuuint32_t>(box_rows)};
-    const cuuint32_t steps[2] = {1, 1};
-    const CUresult result =
-        encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS)
-        throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
-    return map;
-}
-
 template <int tokens>
 void run(Arguments a, const int8_t* codes, void* out, int processors, cudaStream_t stream) {
     a.tiles = (a.tokens + tokens - 1) / tokens * a.channel_pairs;
     const CUtensorMap codes_map =
-        make_map(codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.tokens, a.padded_k, tokens / kPair);
+        make_tensor_map(codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.tokens, a.padded_k, tokens / kPair);
     const CUtensorMap out_map =
-        out ? make_map(out, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.tokens, a.out_features, tokens) : codes_map;
+        out ? make_tensor_map(out, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.tokens, a.out_features, tokens) : codes_map;
     launch_clusters(kPair, product<tokens>, dim3(kPair * std::min(a.tiles, processors / kPair)), dim3(kThreads),
                     Layout<tokens>::kBytes, stream, "w4a8_linear (sm90)", codes_map, out_map, a);
 }
 
 void choose_and_run(const Arguments& a, const int8_t* codes, void* out, cudaStream_t stream) {
-    int device = 0, processors = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
     // Tiles that one pair of blocks works off, times the cost of one, in tokens. Measured: what is not hidden of
     // decoding costs as much as 60 tokens, and what comes after the products as much as 30 at K = 3072.
     const auto cost = [&](int tokens) {
