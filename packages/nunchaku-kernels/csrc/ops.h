@@ -36,6 +36,18 @@ struct QuantizeArguments {
     float* lora_act;  // [tokens, rank]
 };
 
+// layer_norm(x) * (1 + scale) + shift, rounded to the dtype of x, which scale and shift [rows, channels] have too.
+struct ModulationArguments {
+    FloatTensor scale, shift;
+    int64_t rows;  // divides tokens
+    float eps;
+};
+
+struct QuantizeNormArguments {
+    QuantizeArguments quantize;
+    ModulationArguments modulation;
+};
+
 struct ProductArguments {
     const int8_t* codes;         // [tokens, Kp]
     const uint8_t* qweight;      // [Np, Kp / 2] published order
@@ -78,6 +90,7 @@ struct AwqArguments {
 // All throw std::invalid_argument, naming the argument as Python knows it.
 void validate(const FoldArguments& arguments);
 void validate(const QuantizeArguments& arguments);
+void validate(const QuantizeNormArguments& arguments);
 void validate(const ProductArguments& product);
 void validate(const LinearArguments& arguments);  // with its product
 void validate(const AwqArguments& arguments);

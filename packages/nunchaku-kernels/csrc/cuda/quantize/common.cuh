@@ -41,6 +41,28 @@ struct Parameters {
     int tile_tokens;         // of quantize_resident, whose `slots` are those of a CTA
 };
 
+// Without what depends on the kernel.
+inline Parameters parameters(const QuantizeArguments& a) {
+    const DType dtype = static_cast<DType>(a.x.dtype);
+    const int64_t element_bytes = static_cast<int64_t>(size_of(dtype));
+    require(!a.rank || (a.proj_down.dtype == a.x.dtype && dtype != DType::f32), "proj_down_dtype",
+            "the 16-bit dtype of x", a.proj_down.dtype);
+    require(aligned(a.codes), "codes", "an address that is a multiple of 16", reinterpret_cast<intptr_t>(a.codes));
+    require(aligned(a.proj_down.data), "proj_down", "an address that is a multiple of 16",
+            reinterpret_cast<intptr_t>(a.proj_down.data));
+    Parameters p{};
+    p.x = static_cast<const char*>(a.x.data);
+    p.tokens = a.tokens, p.channels = a.channels, p.row_bytes = a.tokens > 1 ? a.stride * element_bytes : 0;
+    p.x_aligned = aligned(a.x.data) && p.row_bytes % 16 == 0 && a.channels * element_bytes % 16 == 0;
+    p.groups = static_cast<int>(a.padded_k / kGroupSize);
+    p.smooth = a.smooth.data, p.smooth_dtype = static_cast<DType>(a.smooth.dtype);
+    p.shift = a.shift;
+    p.proj_down = static_cast<const uint4*>(a.proj_down.data);
+    p.rank = static_cast<int>(a.rank);
+    p.codes = a.codes, p.ascales = a.ascales, p.lora_act = a.lora_act;
+    return p;
+}
+
 // A CTA by itself: its barrier is the only one, and its shared memory the only one to read.
 struct Alone {
     static constexpr int kLargest = 1;
