@@ -204,6 +204,27 @@ def test_quantize_is_exact(
 
 
 @isas
+@pytest.mark.parametrize("channels", [3072, 3968, 12288, 15360])
+@pytest.mark.parametrize("rank", [0, 32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quantize_of_many_tokens(isa: str, channels: int, rank: int, dtype: torch.dtype) -> None:
+    draw, tokens = Draw(channels), 4601
+    x = draw.normal(tokens, channels, dtype=dtype)
+    smooth = draw.normal(channels).abs().add(0.1).to(dtype)
+    down = draw.normal(rank, channels, dtype=dtype) if rank else None
+    packed = None if down is None else pack_lowrank_down(down)
+    with force(isa):
+        codes, ascales, hidden = guarded(OPS.w4a8_quantize, x, pack_vector(smooth), SHIFT, packed)
+    looked_at = torch.arange(0, tokens, 17)
+    expected = w4a8.quantize_tokens(x[looked_at].cpu(), smooth.cpu(), SHIFT)
+    assert torch.equal(natural(codes[looked_at]).cpu(), expected[0])
+    assert torch.equal(ascales[looked_at].cpu(), expected[1])
+    if down is not None:
+        x, down = x.double(), down.double()
+        assert ((hidden - x @ down.t()).abs() <= 2**-16 * (x.abs() @ down.abs().t())).all()
+
+
+@isas
 def test_quantize_rounds_half_to_even(isa: str) -> None:
     steps = torch.arange(-127, 127.5, 0.5)  # the largest is 127, so one step is exactly 1
     x = torch.cat([steps, torch.zeros(640 - steps.numel())]).to(GPU)[None]

@@ -78,7 +78,8 @@ void w4a16_fp32(const AwqArguments& arguments, cudaStream_t stream);
 namespace sm90 {
 
 void w4a8_quantize(const QuantizeArguments& arguments, cudaStream_t stream);
-bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, cudaStream_t stream);  // whether it does that
+// False, and nothing done, where no kernel takes these arguments.
+bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, cudaStream_t stream);
 
 // Whether the kernels below take these arguments; the others are for sm80.
 bool serves(const ProductArguments& product);

@@ -40,16 +40,21 @@ __device__ __forceinline__ float4 load_from_cluster(uint32_t address) {
     return v;
 }
 
-// Writes to an address of any CTA of the cluster, and tells a barrier of that CTA which counts bytes.
-__device__ __forceinline__ void send_4(uint32_t address, uint32_t value, uint32_t barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(value),
-                 "r"(barrier)
-                 : "memory");
+// Writes to an address of any CTA of the cluster, and tells a barrier of that CTA which counts bytes. Only where the
+// kernel was launched in clusters.
+__device__ __forceinline__ void send_16(uint32_t address, uint4 v, uint32_t barrier) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+        "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+        : "memory");
 }
-__device__ __forceinline__ void send_8(uint32_t address, float2 value, uint32_t barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
-                 "f"(value.x), "f"(value.y), "r"(barrier)
-                 : "memory");
+
+// The same with a multiple of 16 bytes of this CTA's shared memory.
+__device__ __forceinline__ void bulk_send(uint32_t address, uint32_t source, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+        "r"(source), "r"(bytes), "r"(barrier)
+        : "memory");
 }
 
 __device__ __forceinline__ void raise_in_cluster(uint32_t address, uint32_t value) {

@@ -15,6 +15,24 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
     return v;
 }
 
+// Zeros where `valid` is false.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address, bool valid) {
+    uint4 v;
+    asm volatile(
+        "{\n"
+        ".reg .pred valid;\n"
+        "setp.ne.u32 valid, %5, 0;\n"
+        "mov.b32 %0, 0;\n"
+        "mov.b32 %1, 0;\n"
+        "mov.b32 %2, 0;\n"
+        "mov.b32 %3, 0;\n"
+        "@valid ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+        "}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "r"(address), "r"(static_cast<uint32_t>(valid)));
+    return v;
+}
+
 __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");

@@ -1,5 +1,5 @@
-// The same in clusters: CTAs that split the channels of a tile of tokens keep larger tiles in shared memory, so that
-// the low-rank factor is read less often, and rows that no multiprocessor could hold.
+// The same in clusters, where CTAs that split the channels of a tile of tokens keep what no multiprocessor could hold:
+// x of larger tiles, so that the low-rank factor is read less often, or (quantize_stream) the factor itself.
 #include "../ptx/cluster.h"
 #include "../quantize/launch.cuh"
 #include "../quantize/stream_launch.cuh"
@@ -28,7 +28,7 @@ struct Cluster {
 }  // namespace
 
 void w4a8_quantize(const QuantizeArguments& arguments, cudaStream_t stream) {
-    quantize::run<Cluster>(arguments, stream);
+    if (!quantize::run_stream(arguments, nullptr, stream)) quantize::run<Cluster>(arguments, stream);
 }
 
 bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, cudaStream_t stream) {
