@@ -83,6 +83,12 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 // Makes this thread's writes to shared memory visible to bulk copies and wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Programmatic dependent launch: the next kernel of the stream may start now, as far as there is room for it; it waits
+// itself for what it reads. Without the launch attribute both do nothing.
+__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Waits until all kernels before this one have ended and their writes are visible.
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 template <int registers>
 __device__ __forceinline__ void give_up_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));

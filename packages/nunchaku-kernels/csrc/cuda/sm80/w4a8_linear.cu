@@ -61,19 +61,17 @@ struct Codes {
     uint4 strips[kStrips];
 };
 struct Multipliers {
-    uint32_t rows[kStrips][2];  // channels lane / 4 and lane / 4 + 8 of a strip; one group in each half
+    uint32_t strips[kStrips][2];  // of the two groups: channels lane / 4 and, in the upper half, lane / 4 + 8
 };
 
 // Where a lane finds them: strips of 16 channels lie 512 bytes apart and groups of 64 inputs 4096 bytes.
 struct WeightSource {
     const uint8_t* qweight;
     const int16_t* multipliers;
-    int groups;
 
     __device__ __forceinline__ WeightSource(const Arguments& a, int channel, int lane)
         : qweight(a.qweight + qweight_strip_offset(channel, 0, a.padded_k) + 16 * lane),
-          multipliers(a.multipliers + static_cast<size_t>(channel + lane / 4) * (a.padded_k / kGroup)),
-          groups(a.padded_k / kGroup) {}
+          multipliers(a.multipliers + w4a8_multiplier_position(channel + lane / 4, 0, a.padded_k / kGroup)) {}
 
     __device__ __forceinline__ Codes codes(int group) const {
         const uint8_t* source = qweight + static_cast<size_t>(group) * (kChannelBlock * kGroup / 2);
@@ -85,13 +83,14 @@ struct WeightSource {
     }
 
     __device__ __forceinline__ Multipliers chunk_multipliers(int chunk) const {
-        const int16_t* row = multipliers + 2 * chunk;
+        const int16_t* source = multipliers + static_cast<size_t>(2 * chunk) * kChannelBlock;
         Multipliers result;
 #pragma unroll
         for (int s = 0; s < kStrips; ++s)
 #pragma unroll
-            for (int i = 0; i < 2; ++i, row += 8 * groups)
-                result.rows[s][i] = __ldg(reinterpret_cast<const uint32_t*>(row));
+            for (int group = 0; group < 2; ++group)
+                result.strips[s][group] =
+                    __ldg(reinterpret_cast<const uint32_t*>(source + group * kChannelBlock + s * kStrip));
         return result;
     }
 };
@@ -123,7 +122,7 @@ __device__ __forceinline__ void decode_word(const Codes& codes, const Multiplier
                                             int s, int w, Operands& to) {
     const uint4 words = codes.strips[s];
     const uint32_t word = w == 0 ? words.x : w == 1 ? words.y : w == 2 ? words.z : words.w;
-    const GroupMultiplier multiplier(multipliers.rows[s][w / 2] >> 16 * half & 0xffff, mask);
+    const GroupMultiplier multiplier(multipliers.strips[s][half] >> 16 * (w / 2) & 0xffff, mask);
     decode(word, multiplier, to.strips[s][w % 2][w / 2], to.strips[s][w % 2][2 + w / 2]);
 }
 

@@ -6,8 +6,10 @@
 // weights are decoded in registers, straight from the published order, into the A operand of wgmma. Sums become fp32 in
 // place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <type_traits>
 
 #include "../../numerics/layout.h"
 #include "../decode.cuh"
@@ -29,11 +31,13 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kChannels = 64 * kConsumers;  // of a tile
 constexpr int kBand = 6;                    // token tiles
 constexpr int kChunk = 128;                 // inputs of a stage
-constexpr int kWeightBytes = kChannels * kChunk / 2;
+constexpr int kCodeBytes = kChannels * kChunk / 2;
+constexpr int kMultiplierBytes = kChannels * (kChunk / kGroup) * 2;
+constexpr int kWeightBytes = kCodeBytes + kMultiplierBytes;  // of a stage: codes, then multipliers
 constexpr int kRow = 128;  // bytes of a token in a stage, and in an output or hidden tile
 constexpr int kSharedLimit = 232448;
 constexpr int kRankBlock = 64;  // ranks of the low-rank branch that are staged together
-constexpr int kHiddenThreads = 64;
+constexpr int kFactThreads = 64;
 constexpr int kFewTokens = 64;  // up to here the portable kernel is the better one
 // What the producers give up must cover what the consumers take, of the 168 that every thread starts with.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -48,33 +52,45 @@ struct Arguments {
     const void *proj_up, *wcscales, *bias, *gate, *residual;
     DType up_dtype, wcscales_dtype, bias_dtype, gate_dtype, out_dtype;  // the residual has out_dtype
     int rank, activation, out_features, tokens_per_gate;
+    bool plain;  // bf16 outputs without activation, gate or residual
 };
 
-// Shared memory: stages of tokens, stages of weights, one output tile per consumer, scales of activations, barriers.
-// The hidden state of the low-rank branch lies where the first output tile goes afterwards.
+// Shared memory: stages of tokens, one output tile per consumer, stages of weights, barriers. What the end of a tile
+// needs lies where its outputs go afterwards: the hidden state of the low-rank branch in the first consumer's tile,
+// everything else (`Facts`) in the second's.
+template <int tokens>
+struct Facts {
+    float ascales[tokens];
+    float scales[kChannels], biases[kChannels];
+    int token, channel;  // the tile's first ones
+    uint4 up[kChannels / kStrip][kRankBlock / 16][32];  // factors of a block of ranks, as a strip's lanes take them
+};
+
 template <int tokens>
 struct Layout {
     static constexpr int kTokenBytes = tokens * kRow, kStageBytes = kTokenBytes + kWeightBytes;
-    static constexpr int kOutputBytes = kConsumers * tokens * kRow;
-    static constexpr int kScaleBytes = tokens * 4;  // of activations; two sets
+    static constexpr int kOutputBytes =
+        std::max(kConsumers * tokens * kRow, tokens * kRow + static_cast<int>(sizeof(Facts<tokens>)));
     static constexpr int kBarrierBytes = 192;
-    static constexpr int kStages =
-        std::min(8, (kSharedLimit - kOutputBytes - 2 * kScaleBytes - kBarrierBytes) / kStageBytes);
-    static constexpr int kWeights = kStages * kTokenBytes, kOutput = kWeights + kStages * kWeightBytes;
-    static constexpr int kScales = kOutput + kOutputBytes, kBarriers = kScales + 2 * kScaleBytes;
+    static constexpr int kStages = std::min(8, (kSharedLimit - kOutputBytes - kBarrierBytes) / kStageBytes);
+    // The swizzle of tokens and outputs counts from multiples of 1024.
+    static constexpr int kOutput = kStages * kTokenBytes, kFacts = kOutput + tokens * kRow;
+    static constexpr int kWeights = kOutput + kOutputBytes, kBarriers = kWeights + kStages * kWeightBytes;
     static constexpr int kBytes = kBarriers + kBarrierBytes;
     static_assert(kTokenBytes % 1024 == 0 && kStages >= 3 && (2 * kStages + 3 + kConsumers) * 8 <= kBarrierBytes);
+    static_assert(kOutputBytes % 16 == 0);
 };
 
-// Where the barriers are. `full` and `empty` guard the stages, `hidden_full` and `hidden_empty` one block of ranks,
+// Where the barriers are. `full` and `empty` guard the stages, `facts_full` and `facts_empty` what the end of a tile
+// needs, with one block of ranks,
 // `output_full` (one per consumer) and `output_empty` the output tiles.
 template <int stages>
 struct Barriers {
     uint32_t base;
     __device__ uint32_t full(int stage) const { return base + 8 * stage; }
     __device__ uint32_t empty(int stage) const { return base + 8 * (stages + stage); }
-    __device__ uint32_t hidden_full() const { return base + 8 * (2 * stages); }
-    __device__ uint32_t hidden_empty() const { return base + 8 * (2 * stages + 1); }
+    __device__ uint32_t facts_full() const { return base + 8 * (2 * stages); }
+    __device__ uint32_t facts_empty() const { return base + 8 * (2 * stages + 1); }
     __device__ uint32_t output_empty() const { return base + 8 * (2 * stages + 2); }
     __device__ uint32_t output_full(int consumer) const { return base + 8 * (2 * stages + 3 + consumer); }
 };
@@ -118,14 +134,17 @@ __device__ void load_stages(const CUtensorMap* codes, const Arguments& a, uint32
     Ring<L::kStages> ring;
     for (int index = first_tile(); index < a.tiles; index += tile_step()) {
         const Tile tile(a, index, rank, tokens);
-        const uint8_t* weights = a.qweight + qweight_strip_offset(tile.existing_channel, 0, a.padded_k);
-        for (int k = 0; k < a.padded_k; k += kChunk, weights += kWeightBytes) {
+        const uint8_t* codes_of_tile = a.qweight + qweight_strip_offset(tile.existing_channel, 0, a.padded_k);
+        const int16_t* multipliers = a.multipliers + w4a8_multiplier_position(tile.existing_channel, 0, a.padded_k / kGroup);
+        for (int k = 0; k < a.padded_k; k += kChunk) {
             ptx::wait(barriers.empty(ring.stage), ring.parity ^ 1);
             const uint32_t full = barriers.full(ring.stage);
             ptx::arrive_expecting(full, L::kStageBytes);
             ptx::tensor_load_multicast(shared + ring.stage * L::kTokenBytes + half * kRow, codes, k, tile.token + half,
                                        full, (1 << kPair) - 1);
-            ptx::bulk_load(shared + L::kWeights + ring.stage * kWeightBytes, weights, kWeightBytes, full);
+            const uint32_t weights = shared + L::kWeights + ring.stage * kWeightBytes;
+            ptx::bulk_load(weights, codes_of_tile + k * (kChannels / 2), kCodeBytes, full);
+            ptx::bulk_load(weights + kCodeBytes, multipliers + k * (kChannels / kGroup), kMultiplierBytes, full);
             ring.advance();
         }
     }
@@ -149,24 +168,39 @@ __device__ void store_tiles(const CUtensorMap* out, const Arguments& a, uint32_t
     }
 }
 
-// Brings lora_act * rank_scale as 16-bit rows of 64 ranks, in the 128-byte swizzle.
+// A number that may be one of a vector in published order.
+__device__ __forceinline__ float vector_element(const void* vector, DType dtype, int n, float otherwise) {
+    return vector ? load_float(vector, dtype, vector_position(n)) : otherwise;
+}
+
+// Brings what the end of a tile needs: long before it does, and so that the threads that multiply load nothing.
 template <int tokens>
-__device__ void load_hidden(const Arguments& a, uint8_t* hidden, int thread,
-                            Barriers<Layout<tokens>::kStages> barriers) {
+__device__ void load_facts(const Arguments& a, uint8_t* memory, int thread,
+                           Barriers<Layout<tokens>::kStages> barriers) {
+    using L = Layout<tokens>;
+    uint8_t* hidden = memory + L::kOutput;  // rows of 64 ranks, in the 128-byte swizzle
+    Facts<tokens>& facts = *reinterpret_cast<Facts<tokens>*>(memory + L::kFacts);
+    const int cluster_rank = ptx::cluster_rank();
     uint32_t output_parity = 1, empty_parity = 1;
-    for (int index = first_tile(); index < a.tiles; index += tile_step()) {
-        const Tile tile(a, index, 0, tokens);  // both blocks of a pair have the same tokens
-        for (int first = 0; first < a.rank; first += kRankBlock) {
-            // Before the first block: the last tile was stored. Before the others: the block before was multiplied.
-            if (first == 0) {
-                ptx::wait(barriers.output_empty(), output_parity);
-                output_parity ^= 1;
-            }
-            ptx::wait(barriers.hidden_empty(), empty_parity);
-            empty_parity ^= 1;
-            const int pieces = min(kRankBlock, a.rank - first) / 8;  // of 16 bytes
+    for (int index = first_tile(); index < a.tiles; index += tile_step(), output_parity ^= 1) {
+        const Tile tile(a, index, cluster_rank, tokens);
+        ptx::wait(barriers.output_empty(), output_parity);  // the last tile was stored
+        if (thread == 0) facts.token = tile.token, facts.channel = tile.channel;
 #pragma unroll 4
-            for (int i = thread; i < tokens * pieces; i += kHiddenThreads) {
+        for (int i = thread; i < tokens; i += kFactThreads)
+            facts.ascales[i] = tile.token + i < a.tokens ? __ldg(a.ascales + tile.token + i) : 0.0f;
+        for (int i = thread; i < kChannels; i += kFactThreads) {
+            const int n = tile.existing_channel + i;
+            facts.scales[i] = __ldg(a.row_scales + n) * vector_element(a.wcscales, a.wcscales_dtype, n, 1.0f);
+            facts.biases[i] = vector_element(a.bias, a.bias_dtype, n, 0.0f);
+        }
+        for (int first = 0; first == 0 || first < a.rank; first += kRankBlock) {
+            ptx::wait(barriers.facts_empty(), empty_parity);  // the block before was multiplied
+            empty_parity ^= 1;
+            const int ranks = min(kRankBlock, a.rank - first);
+            const int pieces = ranks / 8;  // of 16 bytes, in a row
+#pragma unroll 4
+            for (int i = thread; i < tokens * pieces; i += kFactThreads) {
                 const int token = i / pieces, piece = i % pieces, rank = first + 8 * piece;
                 float values[8] = {};
                 if (tile.token + token < a.tokens) {
@@ -180,8 +214,16 @@ __device__ void load_hidden(const Arguments& a, uint8_t* hidden, int thread,
                 }
                 store_8(hidden, a.up_dtype, (token * kRow + 16 * (piece ^ token % 8)) / 2, values);
             }
+            const int steps = ranks / 16, all_steps = a.rank / 16;
+            const uint4* up = static_cast<const uint4*>(a.proj_up) +
+                              (static_cast<size_t>(tile.existing_channel / kStrip) * all_steps + first / 16) * 32;
+#pragma unroll 4
+            for (int i = thread; i < kChannels / static_cast<int>(kStrip) * steps * 32; i += kFactThreads) {
+                const int strip = i / (32 * steps), step = i / 32 % steps;
+                facts.up[strip][step][i % 32] = __ldg(up + (strip * all_steps + step) * 32 + i % 32);
+            }
             ptx::fence_async_proxy();
-            ptx::arrive(barriers.hidden_full());
+            ptx::arrive(barriers.facts_full());
         }
     }
 }
@@ -192,13 +234,13 @@ struct Operands {
     uint32_t steps[4][4];
 };
 struct Multipliers {
-    uint32_t upper, lower;
+    uint32_t groups[2];  // of the upper channel, and in the upper half of the word of the lower one
 };
 
 __device__ __forceinline__ void decode_chunk(const uint4 (&codes)[2], Multipliers m, uint32_t mask, Operands& a) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const GroupMultiplier upper(m.upper >> 16 * half & 0xffff, mask), lower(m.lower >> 16 * half & 0xffff, mask);
+        const GroupMultiplier upper(m.groups[half] & 0xffff, mask), lower(m.groups[half] >> 16, mask);
         decode(codes[half].x, upper, a.steps[2 * half][0], a.steps[2 * half][2]);
         decode(codes[half].y, upper, a.steps[2 * half + 1][0], a.steps[2 * half + 1][2]);
         decode(codes[half].z, lower, a.steps[2 * half][1], a.steps[2 * half][3]);
@@ -206,87 +248,48 @@ __device__ __forceinline__ void decode_chunk(const uint4 (&codes)[2], Multiplier
     }
 }
 
-// The factors of one block of ranks for a warp's 16 channels; a rank that does not exist repeats the last ones.
-struct UpFactors {
-    uint4 steps[kRankBlock / 16];
-};
-
-// Without a branch: what a rank of 0 loads is not used, and nothing has to wait for the loads before it is.
-__device__ __forceinline__ UpFactors load_up(const Arguments& a, int strip_channel, int first_rank, int lane) {
-    const uint4* up = a.rank ? static_cast<const uint4*>(a.proj_up) +
-                                   static_cast<size_t>(strip_channel / 16) * (a.rank / 16) * 32 + lane
-                             : reinterpret_cast<const uint4*>(a.qweight);
-    UpFactors result;
-#pragma unroll
-    for (int step = 0; step < kRankBlock / 16; ++step)
-        result.steps[step] = __ldg(up + max(min(first_rank / 16 + step, a.rank / 16 - 1), 0) * 32);
-    return result;
-}
-
-// y += (lora_act * rank_scale) proj_up^T. `up` has the factors of the first block of ranks.
+// y += (lora_act * rank_scale) proj_up^T for the strip of 16 channels of this warp. The first block of ranks is there.
 template <int tokens, bool is_bf16>
-__device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t hidden, int strip_channel, int lane,
-                                             UpFactors up, uint32_t& parity, Barriers<Layout<tokens>::kStages> barriers,
-                                             float (&y)[tokens / 2]) {
-    const uint64_t b = ptx::wgmma_operand(hidden);
+__device__ __forceinline__ void add_low_rank(int rank, uint32_t shared, int strip, int lane, uint32_t& parity,
+                                             Barriers<Layout<tokens>::kStages> barriers, float (&y)[tokens / 2]) {
+    const uint64_t b = ptx::wgmma_operand(shared + Layout<tokens>::kOutput);
+    const uint32_t up = shared + Layout<tokens>::kFacts +
+                        static_cast<uint32_t>(offsetof(Facts<tokens>, up) + sizeof(Facts<tokens>::up[0]) * strip);
 #pragma unroll 1
-    for (int first = 0; first < a.rank; first += kRankBlock) {
-        if (first) up = load_up(a, strip_channel, first, lane);
-        ptx::wait(barriers.hidden_full(), parity);
-        parity ^= 1;
+    for (int first = 0; first < rank; first += kRankBlock) {
+        if (first) {
+            if (lane == 0) ptx::arrive(barriers.facts_empty());
+            ptx::wait(barriers.facts_full(), parity);
+            parity ^= 1;
+        }
+        uint32_t factors[kRankBlock / 16][4];
+#pragma unroll
+        for (int step = 0; step < kRankBlock / 16; ++step) {
+            const uint4 words = ptx::load_shared_16(up + (32 * step + lane) * 16);
+            factors[step][0] = words.x, factors[step][1] = words.z, factors[step][2] = words.y, factors[step][3] = words.w;
+        }
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kRankBlock / 16; ++step)
-            if (first + 16 * step < a.rank) {
-                const uint4 words = up.steps[step];
-                const uint32_t factors[4] = {words.x, words.z, words.y, words.w};
-                ptx::Wgmma<tokens>::template half<is_bf16>(y, factors, b + 2 * step);
-            }
+            if (first + 16 * step < rank)
+                ptx::Wgmma<tokens>::template half<is_bf16>(y, factors[step], b + 2 * step);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
-        if (lane == 0) ptx::arrive(barriers.hidden_empty());
     }
 }
 
-// What the sums of the lane's two channels are multiplied by, and what is added; as loaded, so that nothing waits for
-// it before it is used.
-struct ChannelTerms {
-    uint32_t scale[2], factor[2], bias[2];
-
-    __device__ __forceinline__ ChannelTerms(const Arguments& a, int channel) {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            const int n = channel + 8 * row;
-            scale[row] = a.row_scales ? __ldg(reinterpret_cast<const uint32_t*>(a.row_scales) + n) : 0;
-            factor[row] = bits(a.wcscales, a.wcscales_dtype, vector_position(n));
-            bias[row] = bits(a.bias, a.bias_dtype, vector_position(n));
-        }
-    }
-
-    static __device__ __forceinline__ uint32_t bits(const void* vector, DType dtype, size_t index) {
-        if (!vector) return 0;
-        return dtype == DType::f32 ? __ldg(static_cast<const uint32_t*>(vector) + index)
-                                   : __ldg(static_cast<const uint16_t*>(vector) + index);
-    }
-
-    static __device__ __forceinline__ float value(uint32_t bits, DType dtype) {
-        if (dtype == DType::f32) return __uint_as_float(bits);
-        return dtype == DType::bf16 ? __uint_as_float(bits << 16) : unpack_half(bits, DType::f16).x;
-    }
-};
-
-// Sums to fp32 outputs without the low-rank branch; `ascales` has those of the tile's tokens, from the lane's first one
-// on.
+// Sums to fp32 outputs without the low-rank branch, for the lane's channels `channel` and eight on, of the tile's.
 template <int tokens>
-__device__ __forceinline__ void scale_sums(const Arguments& a, const ChannelTerms& terms, uint32_t ascales,
-                                           const int32_t (&sums)[tokens / 2], float (&y)[tokens / 2]) {
+__device__ __forceinline__ void scale_sums(uint32_t facts, int channel, int lane, const int32_t (&sums)[tokens / 2],
+                                           float (&y)[tokens / 2]) {
     float scale[2], bias[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        scale[row] = __uint_as_float(terms.scale[row]);
-        if (a.wcscales) scale[row] *= ChannelTerms::value(terms.factor[row], a.wcscales_dtype);
-        bias[row] = a.bias ? ChannelTerms::value(terms.bias[row], a.bias_dtype) : 0.0f;
+        const uint32_t place = facts + 4 * (channel + 8 * row);
+        scale[row] = ptx::load_shared_float(place + offsetof(Facts<tokens>, scales));
+        bias[row] = ptx::load_shared_float(place + offsetof(Facts<tokens>, biases));
     }
+    const uint32_t ascales = facts + offsetof(Facts<tokens>, ascales) + lane % 4 * 8;
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block) {
         const float2 pair = ptx::load_shared_floats(ascales + 32 * block);
@@ -299,9 +302,9 @@ __device__ __forceinline__ void scale_sums(const Arguments& a, const ChannelTerm
 
 // y *= gate, of the lane's two channels. A tile has tokens of at most two gate rows.
 template <int tokens>
-__device__ __forceinline__ void apply_gate(const Arguments& a, const Tile& tile, int channel, int first_token,
+__device__ __forceinline__ void apply_gate(const Arguments& a, int tile_token, int channel, int first_token,
                                            float (&y)[tokens / 2]) {
-    const int row = tile.token / a.tokens_per_gate, last_row = (a.tokens - 1) / a.tokens_per_gate;
+    const int row = tile_token / a.tokens_per_gate, last_row = (a.tokens - 1) / a.tokens_per_gate;
     const int boundary = (row + 1) * a.tokens_per_gate;
     float gates[2][2];
 #pragma unroll
@@ -357,9 +360,9 @@ __device__ __forceinline__ void stage_output(uint32_t output, const float (&y)[t
 // Activation, gate and residual, and the rounding. Every step is a pass of its own under one branch: together in one
 // unrolled loop they would not fit the instruction cache.
 template <int tokens>
-__device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, const Tile& tile, int consumer,
-                                       int channel, int first_token, float (&y)[tokens / 2]) {
-    const uint32_t output = outputs + consumer * tokens * kRow;
+__device__ __forceinline__ void finish(const Arguments& a, uint32_t output, int tile_token, int consumer,
+                                       int consumer_channel, float (&y)[tokens / 2]) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     if (a.activation == 1) {
 #pragma unroll
         for (int i = 0; i < tokens / 2; ++i) y[i] = activate(y[i], 1);
@@ -367,9 +370,10 @@ __device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, con
 #pragma unroll
         for (int i = 0; i < tokens / 2; ++i) y[i] = activate(y[i], 2);
     }
-    if (a.gate) apply_gate<tokens>(a, tile, channel, first_token, y);
+    if (a.gate)
+        apply_gate<tokens>(a, tile_token, consumer_channel + 16 * warp + lane / 4, tile_token + lane % 4 * 2, y);
     if (a.residual) {
-        load_residual<tokens>(a, output, tile.token, tile.channel + 64 * consumer);
+        load_residual<tokens>(a, output, tile_token, consumer_channel);
         ptx::sync_threads<128>(2 + consumer);
         if (a.out_dtype == DType::bf16)
             stage_output<tokens, true, true>(output, y);
@@ -382,134 +386,136 @@ __device__ __forceinline__ void finish(const Arguments& a, uint32_t outputs, con
     }
 }
 
+// The bare int32 sums of a warp's 16 channels, from `strip` on.
+template <int tokens>
+__device__ __forceinline__ void store_sums(const Arguments& a, const Tile& tile, int strip,
+                                           const int32_t (&sums)[tokens / 2]) {
+    if (tile.channel != tile.existing_channel) return;
+    const int lane = threadIdx.x % 32, channel = tile.channel + strip + lane / 4;
+#pragma unroll
+    for (int block = 0; block < tokens / 8; ++block)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token = tile.token + lane % 4 * 2 + 8 * block + i % 2;
+            if (token < a.tokens)
+                a.sums[static_cast<size_t>(token) * a.padded_n + channel + i / 2 * 8] = sums[4 * block + i];
+        }
+}
+
 // Multiplies and finishes tiles: warpgroup `consumer` has channels 64 * consumer and on of each.
 template <int tokens>
 __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barriers<Layout<tokens>::kStages> barriers) {
     using L = Layout<tokens>;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int groups = a.padded_k / kGroup, chunks = a.padded_k / kChunk;
+    const int chunks = a.padded_k / kChunk;
     const uint32_t strip = shared + L::kWeights + (4 * consumer + warp) * kStripBytes + 16 * lane;
-    const int rank = ptx::cluster_rank(), consumer_thread = threadIdx.x - 128;
+    const uint32_t strip_multipliers =
+        shared + L::kWeights + kCodeBytes + 2 * (kStrip * (4 * consumer + warp) + lane / 4 * 2);
     // Stages are filled by both blocks of the pair: both must know that they are free.
     const auto release = [&](int stage) {
         if (lane < kPair) ptx::arrive_in_cluster(ptx::address_in_cta(barriers.empty(stage), lane));
     };
     const uint64_t tokens_operand = ptx::wgmma_operand(shared);
+    const uint32_t facts = shared + L::kFacts;
     const uint32_t mask = code_mask();
     Ring<L::kStages> ring;
-    uint32_t hidden_parity = 0, output_parity = 1;
-    int scale_set = 0;
+    uint32_t facts_parity = 0;
 
     for (int index = first_tile(); index < a.tiles; index += tile_step()) {
-        const Tile tile(a, index, rank, tokens);
-        const int strip_channel = tile.existing_channel + 64 * consumer + 16 * warp, channel = strip_channel + lane / 4;
-        int32_t sums[tokens / 2] = {};  // zeros: without them ptxas keeps the registers alive from tile to tile
-        const float my_ascale =
-            a.sums ? 0.0f : __ldg(a.ascales + min(tile.token + min(consumer_thread, tokens - 1), a.tokens - 1));
-        const ChannelTerms terms(a, channel);  // early, as all that the end of the tile would wait for
-        const UpFactors up = load_up(a, strip_channel, 0, lane);
-        const uint32_t* upper_row =
-            reinterpret_cast<const uint32_t*>(a.multipliers + static_cast<size_t>(channel) * groups);
-        const uint32_t* lower_row = upper_row + 4 * groups;  // eight channels on
-        // A lane loads the multipliers of every fourth chunk, for all four lanes that share its channels: loads from
-        // rows far apart are dear, shuffles are not.
-        const auto load_multipliers = [&](int chunk) {
-            const int own = min(chunk + lane % 4, chunks - 1);
-            return Multipliers{__ldg(upper_row + own), __ldg(lower_row + own)};
-        };
-        Multipliers four = load_multipliers(0), next_four = load_multipliers(4);
-        const auto multipliers_of = [&](int chunk) {  // chunks in ascending order, each once
-            if (chunk % 4 == 0 && chunk) {
-                four = next_four;
-                next_four = load_multipliers(chunk + 4);
+        int32_t sums[tokens / 2];
+        // Of the next stage, once it is there.
+        const auto load_weights = [&](uint4(&codes)[2], Multipliers& multipliers) {
+            ptx::wait(barriers.full(ring.stage), ring.parity);
+            const uint32_t offset = ring.stage * kWeightBytes;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                codes[half] = ptx::load_shared_16(strip + offset + half * (kCodeBytes / 2));
+                multipliers.groups[half] = ptx::load_shared_4(strip_multipliers + offset + half * (kMultiplierBytes / 2));
             }
-            return Multipliers{__shfl_sync(~0u, four.upper, chunk % 4, 4), __shfl_sync(~0u, four.lower, chunk % 4, 4)};
         };
-        const auto codes_of = [&](const Ring<L::kStages>& at, uint4(&codes)[2]) {
-            ptx::wait(barriers.full(at.stage), at.parity);
-            codes[0] = ptx::load_shared_16(strip + at.stage * kWeightBytes);
-            codes[1] = ptx::load_shared_16(strip + at.stage * kWeightBytes + kChannels * kGroup / 2);
-        };
-        const auto issue = [&](const Operands& a_operands) {
+        // The first product of a tile overwrites the sums. Known at compile time: else ptxas would keep the registers alive
+        // from tile to tile.
+        const auto issue = [&](auto is_first, const Operands& a_operands) {
             const uint64_t b = tokens_operand + ring.stage * (L::kTokenBytes >> 4);
             ptx::wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < 4; ++step) ptx::Wgmma<tokens>::s8(sums, a_operands.steps[step], b + 2 * step);
+            for (int step = 0; step < 4; ++step)
+                if (decltype(is_first)::value && step == 0)
+                    ptx::Wgmma<tokens>::template s8<true>(sums, a_operands.steps[step], b);
+                else
+                    ptx::Wgmma<tokens>::s8(sums, a_operands.steps[step], b + 2 * step);
             ptx::wgmma_commit();
         };
         // Starts a chunk's products, and decodes the next chunk while they run.
-        int chunk = 0, finished = -1;
-        const auto step = [&](const Operands& current, Operands& next) {
-            issue(current);
+        int chunk = 0, finished = 0;
+        const auto step = [&](auto is_first, const Operands& current, Operands& next) {
+            issue(is_first, current);
             const int stage = ring.stage;
             ring.advance();
             uint4 codes[2];
-            codes_of(ring, codes);
-            const Multipliers multipliers = multipliers_of(++chunk);
+            Multipliers multipliers;
+            load_weights(codes, multipliers);
+            ++chunk;
             ptx::wgmma_wait<1>();
-            if (finished >= 0) release(finished);
+            if (!decltype(is_first)::value) release(finished);
             finished = stage;
             decode_chunk(codes, multipliers, mask, next);
         };
-        const auto last = [&](const Operands& current) {
-            issue(current);
+        const auto last = [&](auto is_first, const Operands& current) {
+            issue(is_first, current);
             ptx::wgmma_wait<0>();
-            if (finished >= 0) release(finished);
+            if (!decltype(is_first)::value) release(finished);
             release(ring.stage);
             ring.advance();
         };
         Operands even, odd;
         {
             uint4 codes[2];
-            codes_of(ring, codes);
-            decode_chunk(codes, multipliers_of(0), mask, even);
+            Multipliers multipliers;
+            load_weights(codes, multipliers);
+            decode_chunk(codes, multipliers, mask, even);
         }
-#pragma unroll 1
-        while (chunk + 2 < chunks) {
-            step(even, odd);
-            step(odd, even);
-        }
-        if (chunk + 1 < chunks) {
-            step(even, odd);
-            last(odd);
+        constexpr std::true_type first;
+        constexpr std::false_type later;
+        if (chunks == 1) {
+            last(first, even);
         } else {
-            last(even);
+            step(first, even, odd);
+#pragma unroll 1
+            while (chunk + 2 < chunks) {
+                step(later, odd, even);
+                step(later, even, odd);
+            }
+            if (chunk + 1 < chunks) {
+                step(later, odd, even);
+                last(later, even);
+            } else {
+                last(later, odd);
+            }
         }
-
-        const int first_token = tile.token + lane % 4 * 2;
         if (a.sums) {
-            if (tile.channel != tile.existing_channel) continue;
-#pragma unroll
-            for (int block = 0; block < tokens / 8; ++block)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int token = first_token + 8 * block + i % 2;
-                    if (token < a.tokens)
-                        a.sums[static_cast<size_t>(token) * a.padded_n + channel + i / 2 * 8] = sums[4 * block + i];
-                }
+            store_sums<tokens>(a, Tile(a, index, ptx::cluster_rank(), tokens), 64 * consumer + 16 * warp, sums);
             continue;
         }
-
+        ptx::wait(barriers.facts_full(), facts_parity);
+        facts_parity ^= 1;
         float y[tokens / 2];
-        // Double: the other consumer may still be reading those of the last tile.
-        const uint32_t scales = shared + L::kScales + scale_set * L::kScaleBytes;
-        scale_set ^= 1;
-        if (consumer_thread < tokens) ptx::store_shared_float(scales + 4 * consumer_thread, my_ascale);
-        ptx::sync_threads<128 * kConsumers>(1);
-        scale_sums<tokens>(a, terms, scales + lane % 4 * 8, sums, y);
+        scale_sums<tokens>(facts, 64 * consumer + 16 * warp + lane / 4, lane, sums, y);
         if (a.rank) {
             if (a.up_dtype == DType::bf16)
-                add_low_rank<tokens, true>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity, barriers, y);
+                add_low_rank<tokens, true>(a.rank, shared, 4 * consumer + warp, lane, facts_parity, barriers, y);
             else
-                add_low_rank<tokens, false>(a, shared + L::kOutput, strip_channel, lane, up, hidden_parity, barriers,
-                                            y);
-            ptx::sync_threads<128 * kConsumers>(1);  // the hidden state makes room for outputs
-        } else {
-            ptx::wait(barriers.output_empty(), output_parity);
-            output_parity ^= 1;
+                add_low_rank<tokens, false>(a.rank, shared, 4 * consumer + warp, lane, facts_parity, barriers, y);
         }
-        finish<tokens>(a, shared + L::kOutput, tile, consumer, tile.channel + 64 * consumer + 16 * warp + lane / 4,
-                       first_token, y);
+        const int tile_token = ptx::load_shared_4(facts + offsetof(Facts<tokens>, token));
+        const int tile_channel = ptx::load_shared_4(facts + offsetof(Facts<tokens>, channel));
+        ptx::sync_threads<128 * kConsumers>(1);  // what the end of the tile needed makes room for outputs
+        if (lane == 0) ptx::arrive(barriers.facts_empty());
+        const uint32_t output = shared + L::kOutput + consumer * tokens * kRow;
+        if (a.plain)  // first and in one piece: jumps over code that is not needed cost as much as a tenth of a tile's end
+            stage_output<tokens, true, false>(output, y);
+        else
+            finish<tokens>(a, output, tile_token, consumer, tile_channel + 64 * consumer, y);
         ptx::fence_async_proxy();
         ptx::arrive(barriers.output_full(consumer));
     }
@@ -530,22 +536,24 @@ __global__ void __launch_bounds__(kThreads, 1)
             ptx::init_barrier(barriers.full(stage), 1);
             ptx::init_barrier(barriers.empty(stage), kPair * 4 * kConsumers);
         }
-        ptx::init_barrier(barriers.hidden_full(), kHiddenThreads);
-        ptx::init_barrier(barriers.hidden_empty(), 4 * kConsumers);
+        ptx::init_barrier(barriers.facts_full(), kFactThreads);
+        ptx::init_barrier(barriers.facts_empty(), 4 * kConsumers);
         ptx::init_barrier(barriers.output_empty(), 1);
         for (int c = 0; c < kConsumers; ++c) ptx::init_barrier(barriers.output_full(c), 128);
         ptx::fence_barrier_init();
     }
     ptx::cluster_arrive();
     ptx::cluster_wait();
+    ptx::wait_for_earlier_kernels();
+    ptx::allow_next_kernel();
     if (warpgroup == 0) {
         ptx::give_up_registers<kProducerRegisters>();
         if (warp == 0) {
             if (lane == 0) load_stages<tokens>(&codes, a, shared, barriers);
         } else if (warp == 1) {
             if (lane == 0 && !a.sums) store_tiles<tokens>(&out, a, shared, barriers);
-        } else if (!a.sums && a.rank) {
-            load_hidden<tokens>(a, memory + L::kOutput, threadIdx.x - 64, barriers);
+        } else if (!a.sums) {
+            load_facts<tokens>(a, memory, threadIdx.x - 64, barriers);
         }
     } else {
         ptx::take_registers<kConsumerRegisters>();
@@ -646,6 +654,7 @@ void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
     a.out_dtype = static_cast<DType>(linear.out_dtype);
     a.activation = linear.activation;
     a.out_features = static_cast<int>(linear.out_features);
+    a.plain = a.out_dtype == DType::bf16 && !a.activation && !a.gate && !a.residual;
     a.tokens_per_gate = linear.gate.data ? static_cast<int>(linear.product.tokens / linear.gate_rows) : 1;
     choose_and_run(a, linear.product.codes, linear.out, stream);
 }
