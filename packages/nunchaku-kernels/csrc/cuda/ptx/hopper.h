@@ -30,6 +30,11 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t byte
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Lets the phase end only when so many more bytes were copied, without arriving.
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // Waits for the end of the phase of this parity; a fresh barrier counts as if phase 1 had ended.
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
     asm volatile(

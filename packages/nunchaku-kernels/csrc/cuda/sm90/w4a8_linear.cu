@@ -1,8 +1,8 @@
 // The W4A8 product with wgmma (sm_90a): Y^T = W X^T, with the same int32 sums as the portable kernel.
 //
 // Persistent pairs of blocks (clusters of two) share a token tile: each loads half of it for both. A block has three
-// warpgroups. The first one moves data: one warp loads tokens and weights of 128 inputs per stage, one stores finished
-// tiles, two bring the low-rank hidden state. The other two multiply 64 channels each with all tokens of the tile;
+// warpgroups. The first one moves data: one warp loads tokens and one weights, 128 inputs per stage; two bring what the
+// end of a tile needs, and store it when it is finished. The other two multiply 64 channels each with all tokens of the tile;
 // weights are decoded in registers, straight from the published order, into the A operand of wgmma. Sums become fp32 in
 // place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
 #include <algorithm>
@@ -71,17 +71,18 @@ struct Layout {
     static constexpr int kTokenBytes = tokens * kRow, kStageBytes = kTokenBytes + kWeightBytes;
     static constexpr int kOutputBytes =
         std::max(kConsumers * tokens * kRow, tokens * kRow + static_cast<int>(sizeof(Facts<tokens>)));
-    static constexpr int kBarrierBytes = 192;
+    static constexpr int kBarrierBytes = 320;
     static constexpr int kStages = std::min(8, (kSharedLimit - kOutputBytes - kBarrierBytes) / kStageBytes);
     // The swizzle of tokens and outputs counts from multiples of 1024.
     static constexpr int kOutput = kStages * kTokenBytes, kFacts = kOutput + tokens * kRow;
     static constexpr int kWeights = kOutput + kOutputBytes, kBarriers = kWeights + kStages * kWeightBytes;
     static constexpr int kBytes = kBarriers + kBarrierBytes;
-    static_assert(kTokenBytes % 1024 == 0 && kStages >= 3 && (2 * kStages + 3 + kConsumers) * 8 <= kBarrierBytes);
+    static_assert(kTokenBytes % 1024 == 0 && kStages >= 3 && (4 * kStages + 3 + kConsumers) * 8 <= kBarrierBytes);
     static_assert(kOutputBytes % 16 == 0);
 };
 
-// Where the barriers are. `full` and `empty` guard the stages, `facts_full` and `facts_empty` what the end of a tile
+// Where the barriers are. `full` and `empty` guard the stages of tokens, `weights_full` and `weights_empty` those of
+// weights, which are free again as soon as they are decoded, `facts_full` and `facts_empty` what the end of a tile
 // needs, with one block of ranks,
 // `output_full` (one per consumer) and `output_empty` the output tiles.
 template <int stages>
@@ -89,10 +90,12 @@ struct Barriers {
     uint32_t base;
     __device__ uint32_t full(int stage) const { return base + 8 * stage; }
     __device__ uint32_t empty(int stage) const { return base + 8 * (stages + stage); }
-    __device__ uint32_t facts_full() const { return base + 8 * (2 * stages); }
-    __device__ uint32_t facts_empty() const { return base + 8 * (2 * stages + 1); }
-    __device__ uint32_t output_empty() const { return base + 8 * (2 * stages + 2); }
-    __device__ uint32_t output_full(int consumer) const { return base + 8 * (2 * stages + 3 + consumer); }
+    __device__ uint32_t weights_full(int stage) const { return base + 8 * (2 * stages + stage); }
+    __device__ uint32_t weights_empty(int stage) const { return base + 8 * (3 * stages + stage); }
+    __device__ uint32_t facts_full() const { return base + 8 * (4 * stages); }
+    __device__ uint32_t facts_empty() const { return base + 8 * (4 * stages + 1); }
+    __device__ uint32_t output_empty() const { return base + 8 * (4 * stages + 2); }
+    __device__ uint32_t output_full(int consumer) const { return base + 8 * (4 * stages + 3 + consumer); }
 };
 
 // A position in a ring of stages and the parity of its current phase.
@@ -127,44 +130,43 @@ __device__ __forceinline__ int first_tile() { return blockIdx.x / kPair; }
 __device__ __forceinline__ int tile_step() { return gridDim.x / kPair; }
 
 template <int tokens>
-__device__ void load_stages(const CUtensorMap* codes, const Arguments& a, uint32_t shared,
+__device__ void load_tokens(const CUtensorMap* codes, const Arguments& a, uint32_t shared,
                             Barriers<Layout<tokens>::kStages> barriers) {
     using L = Layout<tokens>;
     const int rank = ptx::cluster_rank(), half = rank * (tokens / kPair);
     Ring<L::kStages> ring;
     for (int index = first_tile(); index < a.tiles; index += tile_step()) {
         const Tile tile(a, index, rank, tokens);
-        const uint8_t* codes_of_tile = a.qweight + qweight_strip_offset(tile.existing_channel, 0, a.padded_k);
-        const int16_t* multipliers = a.multipliers + w4a8_multiplier_position(tile.existing_channel, 0, a.padded_k / kGroup);
         for (int k = 0; k < a.padded_k; k += kChunk) {
             ptx::wait(barriers.empty(ring.stage), ring.parity ^ 1);
             const uint32_t full = barriers.full(ring.stage);
-            ptx::arrive_expecting(full, L::kStageBytes);
+            ptx::arrive_expecting(full, L::kTokenBytes);
             ptx::tensor_load_multicast(shared + ring.stage * L::kTokenBytes + half * kRow, codes, k, tile.token + half,
                                        full, (1 << kPair) - 1);
-            const uint32_t weights = shared + L::kWeights + ring.stage * kWeightBytes;
-            ptx::bulk_load(weights, codes_of_tile + k * (kChannels / 2), kCodeBytes, full);
-            ptx::bulk_load(weights + kCodeBytes, multipliers + k * (kChannels / kGroup), kMultiplierBytes, full);
             ring.advance();
         }
     }
 }
 
 template <int tokens>
-__device__ void store_tiles(const CUtensorMap* out, const Arguments& a, uint32_t shared,
-                            Barriers<Layout<tokens>::kStages> barriers) {
+__device__ void load_weights(const Arguments& a, uint32_t shared, Barriers<Layout<tokens>::kStages> barriers) {
+    using L = Layout<tokens>;
     const int rank = ptx::cluster_rank();
-    uint32_t parity = 0;
-    for (int index = first_tile(); index < a.tiles; index += tile_step(), parity ^= 1) {
+    Ring<L::kStages> ring;
+    for (int index = first_tile(); index < a.tiles; index += tile_step()) {
         const Tile tile(a, index, rank, tokens);
-#pragma unroll
-        for (int c = 0; c < kConsumers; ++c) {
-            ptx::wait(barriers.output_full(c), parity);
-            ptx::tensor_store(out, shared + Layout<tokens>::kOutput + c * tokens * kRow, tile.channel + 64 * c,
-                              tile.token);
+        const uint8_t* codes = a.qweight + qweight_strip_offset(tile.existing_channel, 0, a.padded_k);
+        const int16_t* multipliers =
+            a.multipliers + w4a8_multiplier_position(tile.existing_channel, 0, a.padded_k / kGroup);
+        for (int k = 0; k < a.padded_k; k += kChunk) {
+            ptx::wait(barriers.weights_empty(ring.stage), ring.parity ^ 1);
+            const uint32_t full = barriers.weights_full(ring.stage);
+            const uint32_t weights = shared + L::kWeights + ring.stage * kWeightBytes;
+            ptx::arrive_expecting(full, kWeightBytes);
+            ptx::bulk_load(weights, codes + k * (kChannels / 2), kCodeBytes, full);
+            ptx::bulk_load(weights + kCodeBytes, multipliers + k * (kChannels / kGroup), kMultiplierBytes, full);
+            ring.advance();
         }
-        ptx::finish_reading_stores();
-        ptx::arrive(barriers.output_empty());
     }
 }
 
@@ -173,18 +175,18 @@ __device__ __forceinline__ float vector_element(const void* vector, DType dtype,
     return vector ? load_float(vector, dtype, vector_position(n)) : otherwise;
 }
 
-// Brings what the end of a tile needs: long before it does, and so that the threads that multiply load nothing.
+// Brings what the end of a tile needs: long before it does, and so that the threads that multiply load nothing. Stores
+// the tile when it is finished, and makes room for what the next one needs.
 template <int tokens>
-__device__ void load_facts(const Arguments& a, uint8_t* memory, int thread,
-                           Barriers<Layout<tokens>::kStages> barriers) {
+__device__ void load_facts_and_store(const CUtensorMap* out, const Arguments& a, uint8_t* memory, int thread,
+                                     Barriers<Layout<tokens>::kStages> barriers) {
     using L = Layout<tokens>;
     uint8_t* hidden = memory + L::kOutput;  // rows of 64 ranks, in the 128-byte swizzle
     Facts<tokens>& facts = *reinterpret_cast<Facts<tokens>*>(memory + L::kFacts);
     const int cluster_rank = ptx::cluster_rank();
-    uint32_t output_parity = 1, empty_parity = 1;
-    for (int index = first_tile(); index < a.tiles; index += tile_step(), output_parity ^= 1) {
+    uint32_t parity = 0, empty_parity = 1;
+    for (int index = first_tile(); index < a.tiles; index += tile_step(), parity ^= 1) {
         const Tile tile(a, index, cluster_rank, tokens);
-        ptx::wait(barriers.output_empty(), output_parity);  // the last tile was stored
         if (thread == 0) facts.token = tile.token, facts.channel = tile.channel;
 #pragma unroll 4
         for (int i = thread; i < tokens; i += kFactThreads)
@@ -198,6 +200,14 @@ __device__ void load_facts(const Arguments& a, uint8_t* memory, int thread,
             ptx::wait(barriers.facts_empty(), empty_parity);  // the block before was multiplied
             empty_parity ^= 1;
             const int ranks = min(kRankBlock, a.rank - first);
+            if (thread < kChannels / kStrip && ranks) {
+                const uint32_t bytes = ranks / 16 * sizeof(facts.up[0][0]);
+                const size_t steps = static_cast<size_t>(tile.existing_channel / kStrip + thread) * (a.rank / 16);
+                ptx::expect_bytes(barriers.facts_full(), bytes);
+                ptx::bulk_load(ptx::shared_address(facts.up[thread]),
+                               static_cast<const uint4*>(a.proj_up) + (steps + first / 16) * 32, bytes,
+                               barriers.facts_full());
+            }
             const int pieces = ranks / 8;  // of 16 bytes, in a row
 #pragma unroll 4
             for (int i = thread; i < tokens * pieces; i += kFactThreads) {
@@ -214,17 +224,20 @@ __device__ void load_facts(const Arguments& a, uint8_t* memory, int thread,
                 }
                 store_8(hidden, a.up_dtype, (token * kRow + 16 * (piece ^ token % 8)) / 2, values);
             }
-            const int steps = ranks / 16, all_steps = a.rank / 16;
-            const uint4* up = static_cast<const uint4*>(a.proj_up) +
-                              (static_cast<size_t>(tile.existing_channel / kStrip) * all_steps + first / 16) * 32;
-#pragma unroll 4
-            for (int i = thread; i < kChannels / static_cast<int>(kStrip) * steps * 32; i += kFactThreads) {
-                const int strip = i / (32 * steps), step = i / 32 % steps;
-                facts.up[strip][step][i % 32] = __ldg(up + (strip * all_steps + step) * 32 + i % 32);
-            }
             ptx::fence_async_proxy();
             ptx::arrive(barriers.facts_full());
         }
+        if (thread == 0) {
+#pragma unroll
+            for (int c = 0; c < kConsumers; ++c) {
+                ptx::wait(barriers.output_full(c), parity);
+                ptx::tensor_store(out, ptx::shared_address(memory) + L::kOutput + c * tokens * kRow,
+                                  tile.channel + 64 * c, tile.token);
+            }
+            ptx::finish_reading_stores();
+            ptx::arrive(barriers.output_empty());
+        }
+        ptx::wait(barriers.output_empty(), parity);
     }
 }
 
@@ -424,8 +437,8 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
     for (int index = first_tile(); index < a.tiles; index += tile_step()) {
         int32_t sums[tokens / 2];
         // Of the next stage, once it is there.
-        const auto load_weights = [&](uint4(&codes)[2], Multipliers& multipliers) {
-            ptx::wait(barriers.full(ring.stage), ring.parity);
+        const auto read_weights = [&](uint4(&codes)[2], Multipliers& multipliers) {
+            ptx::wait(barriers.weights_full(ring.stage), ring.parity);
             const uint32_t offset = ring.stage * kWeightBytes;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -433,10 +446,14 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
                 multipliers.groups[half] = ptx::load_shared_4(strip_multipliers + offset + half * (kMultiplierBytes / 2));
             }
         };
+        const auto release_weights = [&] {
+            if (lane == 0) ptx::arrive(barriers.weights_empty(ring.stage));
+        };
         // The first product of a tile overwrites the sums. Known at compile time: else ptxas would keep the registers alive
         // from tile to tile.
         const auto issue = [&](auto is_first, const Operands& a_operands) {
             const uint64_t b = tokens_operand + ring.stage * (L::kTokenBytes >> 4);
+            ptx::wait(barriers.full(ring.stage), ring.parity);
             ptx::wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 4; ++step)
@@ -454,12 +471,13 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
             ring.advance();
             uint4 codes[2];
             Multipliers multipliers;
-            load_weights(codes, multipliers);
+            read_weights(codes, multipliers);
             ++chunk;
             ptx::wgmma_wait<1>();
             if (!decltype(is_first)::value) release(finished);
             finished = stage;
             decode_chunk(codes, multipliers, mask, next);
+            release_weights();
         };
         const auto last = [&](auto is_first, const Operands& current) {
             issue(is_first, current);
@@ -472,8 +490,9 @@ __device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barri
         {
             uint4 codes[2];
             Multipliers multipliers;
-            load_weights(codes, multipliers);
+            read_weights(codes, multipliers);
             decode_chunk(codes, multipliers, mask, even);
+            release_weights();
         }
         constexpr std::true_type first;
         constexpr std::false_type later;
@@ -535,6 +554,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int stage = 0; stage < L::kStages; ++stage) {
             ptx::init_barrier(barriers.full(stage), 1);
             ptx::init_barrier(barriers.empty(stage), kPair * 4 * kConsumers);
+            ptx::init_barrier(barriers.weights_full(stage), 1);
+            ptx::init_barrier(barriers.weights_empty(stage), 4 * kConsumers);
         }
         ptx::init_barrier(barriers.facts_full(), kFactThreads);
         ptx::init_barrier(barriers.facts_empty(), 4 * kConsumers);
@@ -549,11 +570,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warpgroup == 0) {
         ptx::give_up_registers<kProducerRegisters>();
         if (warp == 0) {
-            if (lane == 0) load_stages<tokens>(&codes, a, shared, barriers);
+            if (lane == 0) load_tokens<tokens>(&codes, a, shared, barriers);
         } else if (warp == 1) {
-            if (lane == 0 && !a.sums) store_tiles<tokens>(&out, a, shared, barriers);
+            if (lane == 0) load_weights<tokens>(a, shared, barriers);
         } else if (!a.sums) {
-            load_facts<tokens>(a, memory, threadIdx.x - 64, barriers);
+            load_facts_and_store<tokens>(&out, a, memory, threadIdx.x - 64, barriers);
         }
     } else {
         ptx::take_registers<kConsumerRegisters>();
