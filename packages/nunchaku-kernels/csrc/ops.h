@@ -47,7 +47,7 @@ struct LinearArguments {
     ProductArguments product;
     const float* ascales;     // [tokens]
     const float* row_scales;  // [Np]
-    const float* lora_act;    // [tokens, rank]
+    const void* lora_act;     // [tokens, rank]: fp32 on the CPU, the dtype of proj_up on CUDA
     int64_t rank;
     FloatTensor proj_up;      // [Np, rank] published order, or absent
     const float* rank_scale;  // [rank] or null

@@ -30,11 +30,6 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t byte
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Lets the phase end only when so many more bytes were copied, without arriving.
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 // Waits for the end of the phase of this parity; a fresh barrier counts as if phase 1 had ended.
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -69,6 +64,15 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t destination, cons
         : "memory");
 }
 
+__device__ __forceinline__ void tensor_load(uint32_t destination, const CUtensorMap* map, int column, int row,
+                                            uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            destination),
+        "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
 // Writes a box; what lies outside of the matrix is dropped.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t source, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
@@ -87,12 +91,6 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 
 // Makes this thread's writes to shared memory visible to bulk copies and wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Programmatic dependent launch: the next kernel of the stream may start now, as far as there is room for it; it waits
-// itself for what it reads. Without the launch attribute both do nothing.
-__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-// Waits until all kernels before this one have ended and their writes are visible.
-__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 template <int registers>
 __device__ __forceinline__ void give_up_registers() {

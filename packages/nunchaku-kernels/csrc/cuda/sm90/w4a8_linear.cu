@@ -1,10 +1,13 @@
 // The W4A8 product with wgmma (sm_90a): Y^T = W X^T, with the same int32 sums as the portable kernel.
 //
 // Persistent pairs of blocks (clusters of two) share a token tile: each loads half of it for both. A block has three
-// warpgroups. The first one moves data: one warp loads tokens and one weights, 128 inputs per stage; two bring what the
-// end of a tile needs, and store it when it is finished. The other two multiply 64 channels each with all tokens of the tile;
-// weights are decoded in registers, straight from the published order, into the A operand of wgmma. Sums become fp32 in
-// place, and the low-rank up projection is accumulated onto them by 16-bit wgmmas.
+// warpgroups. The first one moves data, each of its warps of one kind: tokens, weights, what the end of a tile needs of
+// its rows and columns, the low-rank branch and finished outputs. The other two multiply 64 channels each with all
+// tokens of the tile; weights are decoded in registers, straight from the published order, into the A operand of wgmma,
+// one chunk ahead, also across tiles. Sums become fp32 in place, and the low-rank up projection is accumulated onto
+// them by 16-bit wgmmas.
+//
+// Token tiles come in two widths that differ by 16, wide ones first, so that tiles fill whole rounds of the grid.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -30,14 +33,16 @@ constexpr int kConsumers = 2;  // warpgroups that multiply
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kChannels = 64 * kConsumers;  // of a tile
 constexpr int kBand = 6;                    // token tiles
+constexpr int kNarrower = 16;               // tokens that a narrow tile has less
 constexpr int kChunk = 128;                 // inputs of a stage
 constexpr int kCodeBytes = kChannels * kChunk / 2;
 constexpr int kMultiplierBytes = kChannels * (kChunk / kGroup) * 2;
 constexpr int kWeightBytes = kCodeBytes + kMultiplierBytes;  // of a stage: codes, then multipliers
-constexpr int kRow = 128;  // bytes of a token in a stage, and in an output or hidden tile
+constexpr int kRow = 128;  // bytes of a token in a stage, and in an output tile
 constexpr int kSharedLimit = 232448;
-constexpr int kRankBlock = 64;  // ranks of the low-rank branch that are staged together
-constexpr int kFactThreads = 64;
+constexpr int kRankBlock = 32;       // ranks of the low-rank branch that are staged together
+constexpr int kRankRow = 2 * kRankBlock;  // bytes of a token in a hidden tile
+constexpr int kMaxRank = 1024;
 constexpr int kFewTokens = 64;  // up to here the portable kernel is the better one
 // What the producers give up must cover what the consumers take, of the 168 that every thread starts with.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -46,56 +51,72 @@ static_assert((168 - kProducerRegisters) >= kConsumers * (kConsumerRegisters - 1
 struct Arguments {
     const uint8_t* qweight;
     const int16_t* multipliers;
-    int tokens, padded_n, padded_k, tiles, channel_pairs;
+    int tokens, padded_n, padded_k, channel_pairs;
+    int wide_tokens;         // in wide tiles; the tokens behind are in narrow ones
+    int wide_tiles, tiles;   // counted in pairs of blocks; all, and those of them that are wide
     int32_t* sums;  // if given, the bare product goes there, and nothing below is read
-    const float *ascales, *row_scales, *lora_act, *rank_scale;
+    const float *ascales, *row_scales, *rank_scale;
     const void *proj_up, *wcscales, *bias, *gate, *residual;
     DType up_dtype, wcscales_dtype, bias_dtype, gate_dtype, out_dtype;  // the residual has out_dtype
     int rank, activation, out_features, tokens_per_gate;
     bool plain;  // bf16 outputs without activation, gate or residual
 };
 
-// Shared memory: stages of tokens, one output tile per consumer, stages of weights, barriers. What the end of a tile
-// needs lies where its outputs go afterwards: the hidden state of the low-rank branch in the first consumer's tile,
-// everything else (`Facts`) in the second's.
+// What the end of a tile needs of its rows and columns.
 template <int tokens>
 struct Facts {
     float ascales[tokens];
     float scales[kChannels], biases[kChannels];
     int token, channel;  // the tile's first ones
-    uint4 up[kChannels / kStrip][kRankBlock / 16][32];  // factors of a block of ranks, as a strip's lanes take them
 };
 
+// A block of ranks: the hidden state of the tile's tokens in rows of 64 bytes, swizzled, and the factors of its channels
+// as the lanes of a strip take them.
+template <int tokens>
+struct RankBlock {
+    uint8_t hidden[tokens * kRankRow];
+    uint4 up[kChannels / kStrip][kRankBlock / 16][32];
+};
+
+// Shared memory: stages of tokens, one output tile per consumer, stages of weights, facts, scales of ranks, barriers.
+// Two blocks of ranks lie where outputs go afterwards.
 template <int tokens>
 struct Layout {
     static constexpr int kTokenBytes = tokens * kRow, kStageBytes = kTokenBytes + kWeightBytes;
     static constexpr int kOutputBytes =
-        std::max(kConsumers * tokens * kRow, tokens * kRow + static_cast<int>(sizeof(Facts<tokens>)));
+        std::max(kConsumers * tokens * kRow, 2 * static_cast<int>(sizeof(RankBlock<tokens>)));
+    static constexpr int kFactBytes = (sizeof(Facts<tokens>) + 15) / 16 * 16, kRankScaleBytes = kMaxRank * 4;
     static constexpr int kBarrierBytes = 320;
-    static constexpr int kStages = std::min(8, (kSharedLimit - kOutputBytes - kBarrierBytes) / kStageBytes);
-    // The swizzle of tokens and outputs counts from multiples of 1024.
-    static constexpr int kOutput = kStages * kTokenBytes, kFacts = kOutput + tokens * kRow;
-    static constexpr int kWeights = kOutput + kOutputBytes, kBarriers = kWeights + kStages * kWeightBytes;
-    static constexpr int kBytes = kBarriers + kBarrierBytes;
-    static_assert(kTokenBytes % 1024 == 0 && kStages >= 3 && (4 * kStages + 3 + kConsumers) * 8 <= kBarrierBytes);
-    static_assert(kOutputBytes % 16 == 0);
+    static constexpr int kOtherBytes = kOutputBytes + kFactBytes + kRankScaleBytes + kBarrierBytes;
+    // Weights are free again once they are decoded: one stage less of them does.
+    static constexpr int kStages = std::min(8, (kSharedLimit - kOtherBytes + kWeightBytes) / kStageBytes);
+    static constexpr int kWeightStages = kStages - 1;
+    // The swizzles count from multiples of 1024.
+    static constexpr int kOutput = kStages * kTokenBytes, kWeights = kOutput + kOutputBytes;
+    static constexpr int kFacts = kWeights + kWeightStages * kWeightBytes, kRankScales = kFacts + kFactBytes;
+    static constexpr int kBarriers = kRankScales + kRankScaleBytes, kBytes = kBarriers + kBarrierBytes;
+    static_assert(kTokenBytes % 1024 == 0 && sizeof(RankBlock<tokens>) % 512 == 0 && kOutputBytes % 128 == 0);
+    static_assert(kStages >= 3 && kBytes <= kSharedLimit);
 };
 
-// Where the barriers are. `full` and `empty` guard the stages of tokens, `weights_full` and `weights_empty` those of
-// weights, which are free again as soon as they are decoded, `facts_full` and `facts_empty` what the end of a tile
-// needs, with one block of ranks,
-// `output_full` (one per consumer) and `output_empty` the output tiles.
-template <int stages>
+// Where the barriers are. Stages of tokens and weights, facts, and the two blocks of ranks are `full` or `empty`;
+// `output_full` (one per consumer) and `output_empty` guard the output tiles.
+template <int tokens>
 struct Barriers {
+    static constexpr int kStages = Layout<tokens>::kStages, kWeightStages = Layout<tokens>::kWeightStages;
+    static constexpr int kWeights = 2 * kStages, kOthers = kWeights + 2 * kWeightStages;
+    static_assert(8 * (kOthers + 7 + kConsumers) <= Layout<tokens>::kBarrierBytes);
     uint32_t base;
-    __device__ uint32_t full(int stage) const { return base + 8 * stage; }
-    __device__ uint32_t empty(int stage) const { return base + 8 * (stages + stage); }
-    __device__ uint32_t weights_full(int stage) const { return base + 8 * (2 * stages + stage); }
-    __device__ uint32_t weights_empty(int stage) const { return base + 8 * (3 * stages + stage); }
-    __device__ uint32_t facts_full() const { return base + 8 * (4 * stages); }
-    __device__ uint32_t facts_empty() const { return base + 8 * (4 * stages + 1); }
-    __device__ uint32_t output_empty() const { return base + 8 * (4 * stages + 2); }
-    __device__ uint32_t output_full(int consumer) const { return base + 8 * (4 * stages + 3 + consumer); }
+    __device__ uint32_t tokens_full(int stage) const { return base + 8 * stage; }
+    __device__ uint32_t tokens_empty(int stage) const { return base + 8 * (kStages + stage); }
+    __device__ uint32_t weights_full(int stage) const { return base + 8 * (kWeights + stage); }
+    __device__ uint32_t weights_empty(int stage) const { return base + 8 * (kWeights + kWeightStages + stage); }
+    __device__ uint32_t facts_full() const { return base + 8 * kOthers; }
+    __device__ uint32_t facts_empty() const { return base + 8 * (kOthers + 1); }
+    __device__ uint32_t ranks_full(int block) const { return base + 8 * (kOthers + 2 + block); }
+    __device__ uint32_t ranks_empty(int block) const { return base + 8 * (kOthers + 4 + block); }
+    __device__ uint32_t output_empty() const { return base + 8 * (kOthers + 6); }
+    __device__ uint32_t output_full(int consumer) const { return base + 8 * (kOthers + 7 + consumer); }
 };
 
 // A position in a ring of stages and the parity of its current phase.
@@ -116,10 +137,14 @@ struct Tile {
 
     // Bands of a few token tiles are walked along the channels: blocks that run at the same time then share both tokens
     // and weights, and L2 holds what they read.
-    __device__ Tile(const Arguments& a, int index, int rank, int tokens) {
+    __device__ Tile(const Arguments& a, int index, int rank, int wide) {
+        const bool is_wide = index < a.wide_tiles;
+        if (!is_wide) index -= a.wide_tiles;
+        const int token_tiles = (is_wide ? a.wide_tiles : a.tiles - a.wide_tiles) / a.channel_pairs;
         const int band = index / (kBand * a.channel_pairs), first = band * kBand;
-        const int height = min(kBand, a.tiles / a.channel_pairs - first), place = index - first * a.channel_pairs;
-        token = (first + place % height) * tokens;
+        const int height = min(kBand, token_tiles - first), place = index - first * a.channel_pairs;
+        token = is_wide ? (first + place % height) * wide
+                        : a.wide_tokens + (first + place % height) * (wide - kNarrower);
         channel = (place / height * kPair + rank) * kChannels;
         existing_channel = min(channel, a.padded_n - kChannels);
     }
@@ -130,16 +155,15 @@ __device__ __forceinline__ int first_tile() { return blockIdx.x / kPair; }
 __device__ __forceinline__ int tile_step() { return gridDim.x / kPair; }
 
 template <int tokens>
-__device__ void load_tokens(const CUtensorMap* codes, const Arguments& a, uint32_t shared,
-                            Barriers<Layout<tokens>::kStages> barriers) {
+__device__ void load_tokens(const CUtensorMap* codes, const Arguments& a, uint32_t shared, Barriers<tokens> barriers) {
     using L = Layout<tokens>;
     const int rank = ptx::cluster_rank(), half = rank * (tokens / kPair);
     Ring<L::kStages> ring;
     for (int index = first_tile(); index < a.tiles; index += tile_step()) {
         const Tile tile(a, index, rank, tokens);
         for (int k = 0; k < a.padded_k; k += kChunk) {
-            ptx::wait(barriers.empty(ring.stage), ring.parity ^ 1);
-            const uint32_t full = barriers.full(ring.stage);
+            ptx::wait(barriers.tokens_empty(ring.stage), ring.parity ^ 1);
+            const uint32_t full = barriers.tokens_full(ring.stage);
             ptx::arrive_expecting(full, L::kTokenBytes);
             ptx::tensor_load_multicast(shared + ring.stage * L::kTokenBytes + half * kRow, codes, k, tile.token + half,
                                        full, (1 << kPair) - 1);
@@ -148,26 +172,30 @@ __device__ void load_tokens(const CUtensorMap* codes, const Arguments& a, uint32
     }
 }
 
+// The chunks of all tiles, and one more: consumers decode one ahead, whatever comes.
 template <int tokens>
-__device__ void load_weights(const Arguments& a, uint32_t shared, Barriers<Layout<tokens>::kStages> barriers) {
+__device__ void load_weights(const Arguments& a, uint32_t shared, Barriers<tokens> barriers) {
     using L = Layout<tokens>;
     const int rank = ptx::cluster_rank();
-    Ring<L::kStages> ring;
+    Ring<L::kWeightStages> ring;
+    const auto load = [&](const Tile& tile, int k) {
+        ptx::wait(barriers.weights_empty(ring.stage), ring.parity ^ 1);
+        const uint32_t full = barriers.weights_full(ring.stage);
+        const uint32_t weights = shared + L::kWeights + ring.stage * kWeightBytes;
+        ptx::arrive_expecting(full, kWeightBytes);
+        ptx::bulk_load(weights, a.qweight + qweight_strip_offset(tile.existing_channel, k, a.padded_k), kCodeBytes,
+                       full);
+        ptx::bulk_load(
+            weights + kCodeBytes,
+            a.multipliers + w4a8_multiplier_position(tile.existing_channel, k / kGroup, a.padded_k / kGroup),
+            kMultiplierBytes, full);
+        ring.advance();
+    };
     for (int index = first_tile(); index < a.tiles; index += tile_step()) {
         const Tile tile(a, index, rank, tokens);
-        const uint8_t* codes = a.qweight + qweight_strip_offset(tile.existing_channel, 0, a.padded_k);
-        const int16_t* multipliers =
-            a.multipliers + w4a8_multiplier_position(tile.existing_channel, 0, a.padded_k / kGroup);
-        for (int k = 0; k < a.padded_k; k += kChunk) {
-            ptx::wait(barriers.weights_empty(ring.stage), ring.parity ^ 1);
-            const uint32_t full = barriers.weights_full(ring.stage);
-            const uint32_t weights = shared + L::kWeights + ring.stage * kWeightBytes;
-            ptx::arrive_expecting(full, kWeightBytes);
-            ptx::bulk_load(weights, codes + k * (kChannels / 2), kCodeBytes, full);
-            ptx::bulk_load(weights + kCodeBytes, multipliers + k * (kChannels / kGroup), kMultiplierBytes, full);
-            ring.advance();
-        }
+        for (int k = 0; k < a.padded_k; k += kChunk) load(tile, k);
     }
+    load(Tile(a, first_tile(), rank, tokens), 0);
 }
 
 // A number that may be one of a vector in published order.
@@ -175,126 +203,167 @@ __device__ __forceinline__ float vector_element(const void* vector, DType dtype,
     return vector ? load_float(vector, dtype, vector_position(n)) : otherwise;
 }
 
-// Brings what the end of a tile needs: long before it does, and so that the threads that multiply load nothing. Stores
-// the tile when it is finished, and makes room for what the next one needs.
+// A warp brings what the end of a tile needs of its rows and columns: long before it does, and so that the threads that
+// multiply load nothing from global memory.
 template <int tokens>
-__device__ void load_facts_and_store(const CUtensorMap* out, const Arguments& a, uint8_t* memory, int thread,
-                                     Barriers<Layout<tokens>::kStages> barriers) {
-    using L = Layout<tokens>;
-    uint8_t* hidden = memory + L::kOutput;  // rows of 64 ranks, in the 128-byte swizzle
-    Facts<tokens>& facts = *reinterpret_cast<Facts<tokens>*>(memory + L::kFacts);
+__device__ void load_facts(const Arguments& a, uint8_t* memory, int lane, Barriers<tokens> barriers) {
+    Facts<tokens>& facts = *reinterpret_cast<Facts<tokens>*>(memory + Layout<tokens>::kFacts);
+    float* rank_scales = reinterpret_cast<float*>(memory + Layout<tokens>::kRankScales);
     const int cluster_rank = ptx::cluster_rank();
-    uint32_t parity = 0, empty_parity = 1;
+    if (a.rank_scale)
+        for (int i = lane; i < a.rank; i += 32) rank_scales[i] = __ldg(a.rank_scale + i);
+    uint32_t parity = 1;
     for (int index = first_tile(); index < a.tiles; index += tile_step(), parity ^= 1) {
         const Tile tile(a, index, cluster_rank, tokens);
-        if (thread == 0) facts.token = tile.token, facts.channel = tile.channel;
-#pragma unroll 4
-        for (int i = thread; i < tokens; i += kFactThreads)
+        ptx::wait(barriers.facts_empty(), parity);
+        if (lane == 0) facts.token = tile.token, facts.channel = tile.channel;
+#pragma unroll
+        for (int i = lane; i < tokens; i += 32)
             facts.ascales[i] = tile.token + i < a.tokens ? __ldg(a.ascales + tile.token + i) : 0.0f;
-        for (int i = thread; i < kChannels; i += kFactThreads) {
+#pragma unroll
+        for (int i = lane; i < kChannels; i += 32) {
             const int n = tile.existing_channel + i;
             facts.scales[i] = __ldg(a.row_scales + n) * vector_element(a.wcscales, a.wcscales_dtype, n, 1.0f);
             facts.biases[i] = vector_element(a.bias, a.bias_dtype, n, 0.0f);
         }
-        for (int first = 0; first == 0 || first < a.rank; first += kRankBlock) {
-            ptx::wait(barriers.facts_empty(), empty_parity);  // the block before was multiplied
-            empty_parity ^= 1;
-            const int ranks = min(kRankBlock, a.rank - first);
-            if (thread < kChannels / kStrip && ranks) {
-                const uint32_t bytes = ranks / 16 * sizeof(facts.up[0][0]);
-                const size_t steps = static_cast<size_t>(tile.existing_channel / kStrip + thread) * (a.rank / 16);
-                ptx::expect_bytes(barriers.facts_full(), bytes);
-                ptx::bulk_load(ptx::shared_address(facts.up[thread]),
-                               static_cast<const uint4*>(a.proj_up) + (steps + first / 16) * 32, bytes,
-                               barriers.facts_full());
-            }
-            const int pieces = ranks / 8;  // of 16 bytes, in a row
-#pragma unroll 4
-            for (int i = thread; i < tokens * pieces; i += kFactThreads) {
-                const int token = i / pieces, piece = i % pieces, rank = first + 8 * piece;
-                float values[8] = {};
-                if (tile.token + token < a.tokens) {
-                    load_8(a.lora_act, DType::f32, static_cast<size_t>(tile.token + token) * a.rank + rank, values);
-                    if (a.rank_scale) {
-                        float scales[8];
-                        load_8(a.rank_scale, DType::f32, rank, scales);
-#pragma unroll
-                        for (int r = 0; r < 8; ++r) values[r] *= scales[r];
-                    }
-                }
-                store_8(hidden, a.up_dtype, (token * kRow + 16 * (piece ^ token % 8)) / 2, values);
-            }
-            ptx::fence_async_proxy();
-            ptx::arrive(barriers.facts_full());
-        }
-        if (thread == 0) {
-#pragma unroll
-            for (int c = 0; c < kConsumers; ++c) {
-                ptx::wait(barriers.output_full(c), parity);
-                ptx::tensor_store(out, ptx::shared_address(memory) + L::kOutput + c * tokens * kRow,
-                                  tile.channel + 64 * c, tile.token);
-            }
-            ptx::finish_reading_stores();
-            ptx::arrive(barriers.output_empty());
-        }
-        ptx::wait(barriers.output_empty(), parity);
+        ptx::arrive(barriers.facts_full());
     }
 }
 
-// The A operands of a chunk for a warp's 16 channels, and the multipliers of its two groups for the lane's two
-// channels.
+// Brings the low-rank branch block by block, and stores tiles that are finished.
+template <int tokens>
+__device__ void load_ranks_and_store(const CUtensorMap* hidden, const CUtensorMap* wide_out,
+                                     const CUtensorMap* narrow_out, const Arguments& a, uint32_t shared,
+                                     Barriers<tokens> barriers) {
+    using L = Layout<tokens>;
+    using Block = RankBlock<tokens>;
+    const int cluster_rank = ptx::cluster_rank();
+    Ring<2> ring;
+    uint32_t parity = 0;
+    for (int index = first_tile(); index < a.tiles; index += tile_step(), parity ^= 1) {
+        const Tile tile(a, index, cluster_rank, tokens);
+        for (int first = 0; first < a.rank; first += kRankBlock) {
+            ptx::wait(barriers.ranks_empty(ring.stage), ring.parity ^ 1);
+            const uint32_t full = barriers.ranks_full(ring.stage);
+            const uint32_t block = shared + L::kOutput + ring.stage * sizeof(Block);
+            const int steps = min(kRankBlock, a.rank - first) / 16, all_steps = a.rank / 16;
+            const uint32_t bytes = steps * sizeof(Block::up[0][0]);  // of a strip
+            ptx::arrive_expecting(full, sizeof(Block::hidden) + kChannels / kStrip * bytes);
+            ptx::tensor_load(block + offsetof(Block, hidden), hidden, first, tile.token, full);
+            for (int strip = 0; strip < kChannels / static_cast<int>(kStrip); ++strip) {
+                const size_t step = static_cast<size_t>(tile.existing_channel / kStrip + strip) * all_steps + first / 16;
+                ptx::bulk_load(block + offsetof(Block, up) + strip * sizeof(Block::up[0]),
+                               static_cast<const uint8_t*>(a.proj_up) + step * sizeof(Block::up[0][0]), bytes, full);
+            }
+            ring.advance();
+        }
+#pragma unroll
+        for (int c = 0; c < kConsumers; ++c) {
+            ptx::wait(barriers.output_full(c), parity);
+            ptx::tensor_store(index < a.wide_tiles ? wide_out : narrow_out, shared + L::kOutput + c * tokens * kRow,
+                              tile.channel + 64 * c, tile.token);
+        }
+        ptx::finish_reading_stores();
+        ptx::arrive(barriers.output_empty());
+    }
+}
+
+// The A operands of a chunk for a warp's 16 channels.
 struct Operands {
     uint32_t steps[4][4];
 };
-struct Multipliers {
-    uint32_t groups[2];  // of the upper channel, and in the upper half of the word of the lower one
+
+// A lane's share of the weights of a chunk: for each group of 64 inputs the codes of its two channels, and their
+// multipliers, those of the lower channel in the upper half of the word.
+struct Weights {
+    uint4 codes[2];
+    uint32_t multipliers[2];
 };
 
-__device__ __forceinline__ void decode_chunk(const uint4 (&codes)[2], Multipliers m, uint32_t mask, Operands& a) {
+// Of the next stage, once it is there.
+template <int tokens>
+__device__ __forceinline__ void read_weights(uint32_t shared, int strip, int lane, Barriers<tokens> barriers,
+                                             const Ring<Layout<tokens>::kWeightStages>& ring, Weights& weights) {
+    const uint32_t stage = shared + Layout<tokens>::kWeights + ring.stage * kWeightBytes;
+    const uint32_t codes = stage + strip * kStripBytes + 16 * lane;
+    const uint32_t multipliers = stage + kCodeBytes + 2 * (strip * kStrip + lane / 4 * 2);
+    ptx::wait(barriers.weights_full(ring.stage), ring.parity);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const GroupMultiplier upper(m.groups[half] & 0xffff, mask), lower(m.groups[half] >> 16, mask);
-        decode(codes[half].x, upper, a.steps[2 * half][0], a.steps[2 * half][2]);
-        decode(codes[half].y, upper, a.steps[2 * half + 1][0], a.steps[2 * half + 1][2]);
-        decode(codes[half].z, lower, a.steps[2 * half][1], a.steps[2 * half][3]);
-        decode(codes[half].w, lower, a.steps[2 * half + 1][1], a.steps[2 * half + 1][3]);
+    for (int group = 0; group < 2; ++group) {
+        weights.codes[group] = ptx::load_shared_16(codes + group * (kCodeBytes / 2));
+        weights.multipliers[group] = ptx::load_shared_4(multipliers + group * (kMultiplierBytes / 2));
     }
 }
 
-// y += (lora_act * rank_scale) proj_up^T for the strip of 16 channels of this warp. The first block of ranks is there.
-template <int tokens, bool is_bf16>
-__device__ __forceinline__ void add_low_rank(int rank, uint32_t shared, int strip, int lane, uint32_t& parity,
-                                             Barriers<Layout<tokens>::kStages> barriers, float (&y)[tokens / 2]) {
-    const uint64_t b = ptx::wgmma_operand(shared + Layout<tokens>::kOutput);
-    const uint32_t up = shared + Layout<tokens>::kFacts +
-                        static_cast<uint32_t>(offsetof(Facts<tokens>, up) + sizeof(Facts<tokens>::up[0]) * strip);
+// After all lanes have used what they read.
+template <int tokens>
+__device__ __forceinline__ void release_weights(int lane, Barriers<tokens> barriers,
+                                                Ring<Layout<tokens>::kWeightStages>& ring) {
+    if (lane == 0) ptx::arrive(barriers.weights_empty(ring.stage));
+    ring.advance();
+}
+
+__device__ __forceinline__ void decode_chunk(const Weights& weights, uint32_t mask, Operands& a) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+        const uint4 codes = weights.codes[group];
+        const GroupMultiplier upper(weights.multipliers[group] & 0xffff, mask);
+        const GroupMultiplier lower(weights.multipliers[group] >> 16, mask);
+        decode(codes.x, upper, a.steps[2 * group][0], a.steps[2 * group][2]);
+        decode(codes.y, upper, a.steps[2 * group + 1][0], a.steps[2 * group + 1][2]);
+        decode(codes.z, lower, a.steps[2 * group][1], a.steps[2 * group][3]);
+        decode(codes.w, lower, a.steps[2 * group + 1][1], a.steps[2 * group + 1][3]);
+    }
+}
+
+// Two factors of ranks `rank` and the next, times their scales.
+template <bool is_bf16>
+__device__ __forceinline__ uint32_t scale_factors(uint32_t factors, uint32_t rank_scales, int rank) {
+    const float2 scales = ptx::load_shared_floats(rank_scales + 4 * rank);
+    const float2 pair = unpack_half(factors, is_bf16 ? DType::bf16 : DType::f16);
+    return is_bf16 ? pack_bf16(pair.x * scales.x, pair.y * scales.y) : pack_f16(pair.x * scales.x, pair.y * scales.y);
+}
+
+// y += (lora_act * rank_scale) proj_up^T for a strip of 16 channels and `columns` tokens.
+template <int tokens, int columns, bool is_bf16>
+__device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t shared, int strip, int lane, Ring<2>& ring,
+                                             Barriers<tokens> barriers, float (&y)[columns / 2]) {
+    using Block = RankBlock<tokens>;
 #pragma unroll 1
-    for (int first = 0; first < rank; first += kRankBlock) {
-        if (first) {
-            if (lane == 0) ptx::arrive(barriers.facts_empty());
-            ptx::wait(barriers.facts_full(), parity);
-            parity ^= 1;
-        }
+    for (int first = 0; first < a.rank; first += kRankBlock) {
+        ptx::wait(barriers.ranks_full(ring.stage), ring.parity);
+        const uint32_t block = shared + Layout<tokens>::kOutput + ring.stage * sizeof(Block);
+        const uint64_t hidden = ptx::wgmma_operand<kRankRow>(block + offsetof(Block, hidden));
+        const uint32_t up = block + offsetof(Block, up) + strip * sizeof(Block::up[0]) + 16 * lane;
+        const uint32_t scales = shared + Layout<tokens>::kRankScales + 4 * (first + lane % 4 * 2);
         uint32_t factors[kRankBlock / 16][4];
 #pragma unroll
         for (int step = 0; step < kRankBlock / 16; ++step) {
-            const uint4 words = ptx::load_shared_16(up + (32 * step + lane) * 16);
-            factors[step][0] = words.x, factors[step][1] = words.z, factors[step][2] = words.y, factors[step][3] = words.w;
+            const uint4 words = ptx::load_shared_16(up + step * sizeof(Block::up[0][0]));
+            factors[step][0] = words.x, factors[step][1] = words.z;  // two ranks of the upper channel, of the lower
+            factors[step][2] = words.y, factors[step][3] = words.w;  // eight ranks on
+            if (a.rank_scale) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    factors[step][i] = scale_factors<is_bf16>(factors[step][i], scales, 16 * step + i / 2 * 8);
+            }
         }
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kRankBlock / 16; ++step)
-            if (first + 16 * step < rank)
-                ptx::Wgmma<tokens>::template half<is_bf16>(y, factors[step], b + 2 * step);
+            if (first + 16 * step < a.rank)
+                ptx::Wgmma<columns>::template half<is_bf16>(y, factors[step], hidden + 2 * step);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
+        if (lane == 0) ptx::arrive(barriers.ranks_empty(ring.stage));
+        ring.advance();
     }
 }
 
 // Sums to fp32 outputs without the low-rank branch, for the lane's channels `channel` and eight on, of the tile's.
-template <int tokens>
-__device__ __forceinline__ void scale_sums(uint32_t facts, int channel, int lane, const int32_t (&sums)[tokens / 2],
-                                           float (&y)[tokens / 2]) {
+template <int tokens, int columns>
+__device__ __forceinline__ void scale_sums(uint32_t facts, int channel, int lane, const int32_t (&sums)[columns / 2],
+                                           float (&y)[columns / 2]) {
     float scale[2], bias[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -304,7 +373,7 @@ __device__ __forceinline__ void scale_sums(uint32_t facts, int channel, int lane
     }
     const uint32_t ascales = facts + offsetof(Facts<tokens>, ascales) + lane % 4 * 8;
 #pragma unroll
-    for (int block = 0; block < tokens / 8; ++block) {
+    for (int block = 0; block < columns / 8; ++block) {
         const float2 pair = ptx::load_shared_floats(ascales + 32 * block);
         const float ascale[2] = {pair.x, pair.y};
 #pragma unroll
@@ -415,210 +484,231 @@ __device__ __forceinline__ void store_sums(const Arguments& a, const Tile& tile,
         }
 }
 
-// Multiplies and finishes tiles: warpgroup `consumer` has channels 64 * consumer and on of each.
+// What a thread that multiplies keeps from tile to tile.
 template <int tokens>
-__device__ void consume(const Arguments& a, uint32_t shared, int consumer, Barriers<Layout<tokens>::kStages> barriers) {
+struct State {
+    Ring<Layout<tokens>::kStages> token_ring;
+    Ring<Layout<tokens>::kWeightStages> weight_ring;
+    Ring<2> rank_ring;
+    uint32_t parity;    // of what happens once a tile
+    Operands operands;  // the first chunk of the next tile, decoded
+};
+
+// Multiplies and finishes a tile of `columns` tokens: warpgroup `consumer` has its channels from 64 * consumer on.
+template <int tokens, int columns>
+__device__ __forceinline__ void consume_tile(const Arguments& a, uint32_t shared, int consumer, int index,
+                                             Barriers<tokens> barriers, State<tokens>& state) {
     using L = Layout<tokens>;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int chunks = a.padded_k / kChunk;
-    const uint32_t strip = shared + L::kWeights + (4 * consumer + warp) * kStripBytes + 16 * lane;
-    const uint32_t strip_multipliers =
-        shared + L::kWeights + kCodeBytes + 2 * (kStrip * (4 * consumer + warp) + lane / 4 * 2);
-    // Stages are filled by both blocks of the pair: both must know that they are free.
-    const auto release = [&](int stage) {
-        if (lane < kPair) ptx::arrive_in_cluster(ptx::address_in_cta(barriers.empty(stage), lane));
-    };
-    const uint64_t tokens_operand = ptx::wgmma_operand(shared);
-    const uint32_t facts = shared + L::kFacts;
     const uint32_t mask = code_mask();
-    Ring<L::kStages> ring;
-    uint32_t facts_parity = 0;
+    int32_t sums[columns / 2];
 
-    for (int index = first_tile(); index < a.tiles; index += tile_step()) {
-        int32_t sums[tokens / 2];
-        // Of the next stage, once it is there.
-        const auto read_weights = [&](uint4(&codes)[2], Multipliers& multipliers) {
-            ptx::wait(barriers.weights_full(ring.stage), ring.parity);
-            const uint32_t offset = ring.stage * kWeightBytes;
+    // The first product of a tile overwrites the sums. Known at compile time: else ptxas would keep the registers alive
+    // from tile to tile.
+    const auto issue = [&](auto is_first, const Operands& operands) {
+        const int stage = state.token_ring.stage;
+        const uint64_t b = ptx::wgmma_operand<kRow>(shared) + stage * (L::kTokenBytes >> 4);
+        ptx::wait(barriers.tokens_full(stage), state.token_ring.parity);
+        ptx::wgmma_fence();
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                codes[half] = ptx::load_shared_16(strip + offset + half * (kCodeBytes / 2));
-                multipliers.groups[half] = ptx::load_shared_4(strip_multipliers + offset + half * (kMultiplierBytes / 2));
-            }
-        };
-        const auto release_weights = [&] {
-            if (lane == 0) ptx::arrive(barriers.weights_empty(ring.stage));
-        };
-        // The first product of a tile overwrites the sums. Known at compile time: else ptxas would keep the registers alive
-        // from tile to tile.
-        const auto issue = [&](auto is_first, const Operands& a_operands) {
-            const uint64_t b = tokens_operand + ring.stage * (L::kTokenBytes >> 4);
-            ptx::wait(barriers.full(ring.stage), ring.parity);
-            ptx::wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < 4; ++step)
-                if (decltype(is_first)::value && step == 0)
-                    ptx::Wgmma<tokens>::template s8<true>(sums, a_operands.steps[step], b);
-                else
-                    ptx::Wgmma<tokens>::s8(sums, a_operands.steps[step], b + 2 * step);
-            ptx::wgmma_commit();
-        };
-        // Starts a chunk's products, and decodes the next chunk while they run.
-        int chunk = 0, finished = 0;
-        const auto step = [&](auto is_first, const Operands& current, Operands& next) {
-            issue(is_first, current);
-            const int stage = ring.stage;
-            ring.advance();
-            uint4 codes[2];
-            Multipliers multipliers;
-            read_weights(codes, multipliers);
-            ++chunk;
-            ptx::wgmma_wait<1>();
-            if (!decltype(is_first)::value) release(finished);
-            finished = stage;
-            decode_chunk(codes, multipliers, mask, next);
-            release_weights();
-        };
-        const auto last = [&](auto is_first, const Operands& current) {
-            issue(is_first, current);
-            ptx::wgmma_wait<0>();
-            if (!decltype(is_first)::value) release(finished);
-            release(ring.stage);
-            ring.advance();
-        };
-        Operands even, odd;
-        {
-            uint4 codes[2];
-            Multipliers multipliers;
-            read_weights(codes, multipliers);
-            decode_chunk(codes, multipliers, mask, even);
-            release_weights();
-        }
-        constexpr std::true_type first;
-        constexpr std::false_type later;
-        if (chunks == 1) {
-            last(first, even);
-        } else {
-            step(first, even, odd);
-#pragma unroll 1
-            while (chunk + 2 < chunks) {
-                step(later, odd, even);
-                step(later, even, odd);
-            }
-            if (chunk + 1 < chunks) {
-                step(later, odd, even);
-                last(later, even);
-            } else {
-                last(later, odd);
-            }
-        }
-        if (a.sums) {
-            store_sums<tokens>(a, Tile(a, index, ptx::cluster_rank(), tokens), 64 * consumer + 16 * warp, sums);
-            continue;
-        }
-        ptx::wait(barriers.facts_full(), facts_parity);
-        facts_parity ^= 1;
-        float y[tokens / 2];
-        scale_sums<tokens>(facts, 64 * consumer + 16 * warp + lane / 4, lane, sums, y);
-        if (a.rank) {
-            if (a.up_dtype == DType::bf16)
-                add_low_rank<tokens, true>(a.rank, shared, 4 * consumer + warp, lane, facts_parity, barriers, y);
+        for (int step = 0; step < 4; ++step)
+            if (decltype(is_first)::value && step == 0)
+                ptx::Wgmma<columns>::template s8<true>(sums, operands.steps[step], b);
             else
-                add_low_rank<tokens, false>(a.rank, shared, 4 * consumer + warp, lane, facts_parity, barriers, y);
-        }
-        const int tile_token = ptx::load_shared_4(facts + offsetof(Facts<tokens>, token));
-        const int tile_channel = ptx::load_shared_4(facts + offsetof(Facts<tokens>, channel));
-        ptx::sync_threads<128 * kConsumers>(1);  // what the end of the tile needed makes room for outputs
-        if (lane == 0) ptx::arrive(barriers.facts_empty());
-        const uint32_t output = shared + L::kOutput + consumer * tokens * kRow;
-        if (a.plain)  // first and in one piece: jumps over code that is not needed cost as much as a tenth of a tile's end
-            stage_output<tokens, true, false>(output, y);
-        else
-            finish<tokens>(a, output, tile_token, consumer, tile_channel + 64 * consumer, y);
-        ptx::fence_async_proxy();
-        ptx::arrive(barriers.output_full(consumer));
+                ptx::Wgmma<columns>::s8(sums, operands.steps[step], b + 2 * step);
+        ptx::wgmma_commit();
+        state.token_ring.advance();
+        return stage;
+    };
+    // Stages of tokens are filled by both blocks of the pair: both must know that they are free.
+    const auto release = [&](int stage) {
+        if (lane < kPair) ptx::arrive_in_cluster(ptx::address_in_cta(barriers.tokens_empty(stage), lane));
+    };
+    // Starts a chunk's products, and decodes the next chunk while they run.
+    int chunk = 0, running = 0;
+    const auto step = [&](auto is_first, const Operands& current, Operands& next) {
+        const int stage = issue(is_first, current);
+        Weights weights;
+        read_weights(shared, 4 * consumer + warp, lane, barriers, state.weight_ring, weights);
+        ptx::wgmma_wait<1>();
+        if (!decltype(is_first)::value) release(running);
+        running = stage;
+        decode_chunk(weights, mask, next);
+        release_weights(lane, barriers, state.weight_ring);
+        ++chunk;
+    };
+    constexpr std::true_type first;
+    constexpr std::false_type later;
+    Operands& even = state.operands;
+    Operands odd;
+    step(first, even, odd);
+#pragma unroll 1
+    while (chunk + 2 <= chunks) {
+        step(later, odd, even);
+        step(later, even, odd);
     }
+    if (chunk < chunks) step(later, odd, even);
+    ptx::wgmma_wait<0>();
+    if (chunks % 2) even = odd;  // not before: ptxas would let every product wait for the one before it
+    release(running);
+
+    const int strip = 4 * consumer + warp;
+    const uint32_t parity = state.parity;
+    state.parity ^= 1;
+    if (a.sums) {
+        store_sums<columns>(a, Tile(a, index, ptx::cluster_rank(), tokens), kStrip * strip, sums);
+        return;
+    }
+    float y[columns / 2];
+    const uint32_t facts = shared + L::kFacts;
+    ptx::wait(barriers.facts_full(), parity);
+    scale_sums<tokens, columns>(facts, kStrip * strip + lane / 4, lane, sums, y);
+    const int tile_token = ptx::load_shared_4(facts + offsetof(Facts<tokens>, token));
+    const int tile_channel = ptx::load_shared_4(facts + offsetof(Facts<tokens>, channel));
+    if (lane == 0) ptx::arrive(barriers.facts_empty());
+    if (a.rank) {
+        if (a.up_dtype == DType::bf16)
+            add_low_rank<tokens, columns, true>(a, shared, strip, lane, state.rank_ring, barriers, y);
+        else
+            add_low_rank<tokens, columns, false>(a, shared, strip, lane, state.rank_ring, barriers, y);
+        ptx::sync_threads<128 * kConsumers>(1);  // blocks of ranks make room for outputs
+    }
+    ptx::wait(barriers.output_empty(), parity ^ 1);
+    const uint32_t output = shared + L::kOutput + consumer * tokens * kRow;
+    if (a.plain)  // first and in one piece: jumps over code that is not needed cost as much as a tenth of a tile's end
+        stage_output<columns, true, false>(output, y);
+    else
+        finish<columns>(a, output, tile_token, consumer, tile_channel + 64 * consumer, y);
+    ptx::fence_async_proxy();
+    ptx::arrive(barriers.output_full(consumer));
 }
 
 template <int tokens>
 __global__ void __launch_bounds__(kThreads, 1)
-    product(const __grid_constant__ CUtensorMap codes, const __grid_constant__ CUtensorMap out,
+    product(const __grid_constant__ CUtensorMap codes, const __grid_constant__ CUtensorMap hidden,
+            const __grid_constant__ CUtensorMap wide_out, const __grid_constant__ CUtensorMap narrow_out,
             const __grid_constant__ Arguments a) {
     using L = Layout<tokens>;
     extern __shared__ __align__(1024) uint8_t memory[];  // the swizzle counts from multiples of 1024
     const uint32_t shared = ptx::opaque(ptx::shared_address(memory));
-    const Barriers<L::kStages> barriers{shared + L::kBarriers};
+    const Barriers<tokens> barriers{shared + L::kBarriers};
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         ptx::prefetch_map(&codes);
         for (int stage = 0; stage < L::kStages; ++stage) {
-            ptx::init_barrier(barriers.full(stage), 1);
-            ptx::init_barrier(barriers.empty(stage), kPair * 4 * kConsumers);
+            ptx::init_barrier(barriers.tokens_full(stage), 1);
+            ptx::init_barrier(barriers.tokens_empty(stage), kPair * 4 * kConsumers);
+        }
+        for (int stage = 0; stage < L::kWeightStages; ++stage) {
             ptx::init_barrier(barriers.weights_full(stage), 1);
             ptx::init_barrier(barriers.weights_empty(stage), 4 * kConsumers);
         }
-        ptx::init_barrier(barriers.facts_full(), kFactThreads);
+        ptx::init_barrier(barriers.facts_full(), 32);
         ptx::init_barrier(barriers.facts_empty(), 4 * kConsumers);
+        for (int block = 0; block < 2; ++block) {
+            ptx::init_barrier(barriers.ranks_full(block), 1);
+            ptx::init_barrier(barriers.ranks_empty(block), 4 * kConsumers);
+        }
         ptx::init_barrier(barriers.output_empty(), 1);
         for (int c = 0; c < kConsumers; ++c) ptx::init_barrier(barriers.output_full(c), 128);
         ptx::fence_barrier_init();
     }
     ptx::cluster_arrive();
     ptx::cluster_wait();
-    ptx::wait_for_earlier_kernels();
-    ptx::allow_next_kernel();
     if (warpgroup == 0) {
         ptx::give_up_registers<kProducerRegisters>();
         if (warp == 0) {
             if (lane == 0) load_tokens<tokens>(&codes, a, shared, barriers);
         } else if (warp == 1) {
             if (lane == 0) load_weights<tokens>(a, shared, barriers);
-        } else if (!a.sums) {
-            load_facts_and_store<tokens>(&out, a, memory, threadIdx.x - 64, barriers);
+        } else if (a.sums) {
+            // the bare product needs neither
+        } else if (warp == 2) {
+            load_facts<tokens>(a, memory, lane, barriers);
+        } else if (lane == 0) {
+            load_ranks_and_store<tokens>(&hidden, &wide_out, &narrow_out, a, shared, barriers);
         }
     } else {
         ptx::take_registers<kConsumerRegisters>();
-        consume<tokens>(a, shared, warpgroup - 1, barriers);
+        const int consumer = warpgroup - 1;
+        State<tokens> state{};
+        Weights weights;
+        read_weights(shared, 4 * consumer + warp % 4, lane, barriers, state.weight_ring, weights);
+        decode_chunk(weights, code_mask(), state.operands);
+        release_weights(lane, barriers, state.weight_ring);
+        for (int index = first_tile(); index < a.tiles; index += tile_step())
+            if (index < a.wide_tiles)
+                consume_tile<tokens, tokens>(a, shared, consumer, index, barriers, state);
+            else
+                consume_tile<tokens, tokens - kNarrower>(a, shared, consumer, index, barriers, state);
     }
     // The other block may still copy into this one's memory, or arrive at its barriers.
     ptx::cluster_arrive();
     ptx::cluster_wait();
 }
 
+// How the tokens are cut into tiles.
+struct Tiling {
+    int width;  // of a wide tile
+    int wide, narrow;  // token tiles
+};
+
 template <int tokens>
-void run(Arguments a, const int8_t* codes, void* out, int processors, cudaStream_t stream) {
-    a.tiles = (a.tokens + tokens - 1) / tokens * a.channel_pairs;
+void run(Arguments a, const Tiling& tiling, const int8_t* codes, const void* lora_act, void* out, int processors,
+         cudaStream_t stream) {
+    a.wide_tokens = tiling.wide * tokens;
+    a.wide_tiles = tiling.wide * a.channel_pairs;
+    a.tiles = (tiling.wide + tiling.narrow) * a.channel_pairs;
     const CUtensorMap codes_map =
-        make_tensor_map(codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.tokens, a.padded_k, tokens / kPair);
-    const CUtensorMap out_map =
-        out ? make_tensor_map(out, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.tokens, a.out_features, tokens) : codes_map;
+        make_tensor_map(codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.tokens, a.padded_k, kRow, tokens / kPair);
+    const auto half_map = [&](const void* matrix, int columns, int row_bytes, int rows) {
+        return matrix ? make_tensor_map(matrix, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.tokens, columns, row_bytes, rows)
+                      : codes_map;
+    };
     launch_clusters(kPair, product<tokens>, dim3(kPair * std::min(a.tiles, processors / kPair)), dim3(kThreads),
-                    Layout<tokens>::kBytes, stream, "w4a8_linear (sm90)", codes_map, out_map, a);
+                    Layout<tokens>::kBytes, stream, "w4a8_linear (sm90)", codes_map,
+                    half_map(a.rank ? lora_act : nullptr, a.rank, kRankRow, tokens),
+                    half_map(out, a.out_features, kRow, tokens), half_map(out, a.out_features, kRow, tokens - kNarrower),
+                    a);
 }
 
-void choose_and_run(const Arguments& a, const int8_t* codes, void* out, cudaStream_t stream) {
+// The tiling that is worked off soonest. A pair of blocks takes a tile after the other, wide ones first. Cycles of a tile
+// as measured for widths 192 to 256: a chunk costs its decoding and half of its products, which hide the other half.
+Tiling choose_tiling(const Arguments& a, int processors) {
+    const int pairs = processors / kPair;
+    Tiling best{};
+    double least = 0;
+    for (const int width : {256, 224, 192, 160, 128}) {
+        const int narrow_width = width - kNarrower;
+        for (int tiles = (a.tokens + width - 1) / width;; ++tiles) {
+            const int64_t missing = a.tokens - int64_t{tiles} * narrow_width;  // with narrow ones only
+            const int wide = missing > 0 ? static_cast<int>((missing + kNarrower - 1) / kNarrower) : 0;
+            const double mean_width = narrow_width + kNarrower * static_cast<double>(wide) / tiles;
+            const int64_t rounds = (int64_t{tiles} * a.channel_pairs + pairs - 1) / pairs;
+            const double chunks = static_cast<double>(a.padded_k / kChunk);
+            const double cost = static_cast<double>(rounds) * (chunks * (536 + 2.1 * mean_width) + 11 * mean_width + 300);
+            if (!best.width || cost < least) least = cost, best = {width, wide, tiles - wide};
+            if (!wide) break;
+        }
+    }
+    return best;
+}
+
+void choose_and_run(const Arguments& a, const int8_t* codes, const void* lora_act, void* out, cudaStream_t stream) {
     const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
-    // Tiles that one pair of blocks works off, times the cost of one, in tokens. Measured: what is not hidden of
-    // decoding costs as much as 60 tokens, and what comes after the products as much as 30 at K = 3072.
-    const auto cost = [&](int tokens) {
-        const int64_t tiles = static_cast<int64_t>((a.tokens + tokens - 1) / tokens) * a.channel_pairs;
-        const int pairs = processors / kPair;
-        return static_cast<double>((tiles + pairs - 1) / pairs) * (tokens + 60 + 30.0 * 3072 / a.padded_k);
-    };
-    int best = 256;
-    for (const int tokens : {224, 208, 192, 128})
-        if (cost(tokens) < cost(best)) best = tokens;
-    switch (best) {
+    const Tiling tiling = choose_tiling(a, processors);
+    switch (tiling.width) {
         case 256:
-            return run<256>(a, codes, out, processors, stream);
+            return run<256>(a, tiling, codes, lora_act, out, processors, stream);
         case 224:
-            return run<224>(a, codes, out, processors, stream);
-        case 208:
-            return run<208>(a, codes, out, processors, stream);
+            return run<224>(a, tiling, codes, lora_act, out, processors, stream);
         case 192:
-            return run<192>(a, codes, out, processors, stream);
+            return run<192>(a, tiling, codes, lora_act, out, processors, stream);
+        case 160:
+            return run<160>(a, tiling, codes, lora_act, out, processors, stream);
         default:
-            return run<128>(a, codes, out, processors, stream);
+            return run<128>(a, tiling, codes, lora_act, out, processors, stream);
     }
 }
 
@@ -653,7 +743,7 @@ bool serves(const LinearArguments& a) {
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream) {
     Arguments a = product_arguments(product);
     a.sums = sums;
-    choose_and_run(a, product.codes, nullptr, stream);
+    choose_and_run(a, product.codes, nullptr, nullptr, stream);
 }
 
 void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
@@ -661,7 +751,6 @@ void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
     a.rank = linear.proj_up.data ? static_cast<int>(linear.rank) : 0;
     a.ascales = linear.ascales;
     a.row_scales = linear.row_scales;
-    a.lora_act = linear.lora_act;
     a.rank_scale = linear.rank_scale;
     a.proj_up = linear.proj_up.data;
     a.wcscales = linear.wcscales.data;
@@ -677,7 +766,7 @@ void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
     a.out_features = static_cast<int>(linear.out_features);
     a.plain = a.out_dtype == DType::bf16 && !a.activation && !a.gate && !a.residual;
     a.tokens_per_gate = linear.gate.data ? static_cast<int>(linear.product.tokens / linear.gate_rows) : 1;
-    choose_and_run(a, linear.product.codes, linear.out, stream);
+    choose_and_run(a, linear.product.codes, linear.lora_act, linear.out, stream);
 }
 
 }  // namespace nk::cuda::sm90
