@@ -73,7 +73,7 @@ LinearArguments linear(Address codes, Address ascales, Address lora_act, int64_t
     return {accumulate(codes, qweight, multipliers, tokens, padded_n, padded_k, 0).product,
             at<const float>(ascales),
             at<const float>(row_scales),
-            at<const float>(lora_act),
+            at<const void>(lora_act),
             rank,
             tensor(proj_up, proj_up_dtype),
             at<const float>(rank_scale),

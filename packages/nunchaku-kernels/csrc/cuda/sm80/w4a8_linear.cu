@@ -34,8 +34,8 @@ struct Arguments {
     const int16_t* multipliers;
     int tokens, padded_n, padded_k;
     int32_t* sums;  // if given, the bare product goes there, and nothing below is read
-    const float *ascales, *row_scales, *lora_act, *rank_scale;
-    const void *proj_up, *wcscales, *bias;
+    const float *ascales, *row_scales, *rank_scale;
+    const void *lora_act, *proj_up, *wcscales, *bias;  // lora_act has the dtype of proj_up
     DType up_dtype, wcscales_dtype, bias_dtype;
     int rank;
     Tail tail;
@@ -172,8 +172,9 @@ __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t* hidde
             const int token = i / (kRankBlock / 2), r = i % (kRankBlock / 2) * 2;
             float2 value{};
             if (r < ranks && first_token + token < a.tokens) {
-                value = __ldg(reinterpret_cast<const float2*>(
-                    a.lora_act + static_cast<size_t>(first_token + token) * a.rank + first + r));
+                const size_t pair = (static_cast<size_t>(first_token + token) * a.rank + first + r) / 2;
+                value = unpack_half(__ldg(static_cast<const uint32_t*>(a.lora_act) + pair),
+                                    is_bf16 ? DType::bf16 : DType::f16);
                 if (a.rank_scale) value.x *= a.rank_scale[first + r], value.y *= a.rank_scale[first + r + 1];
             }
             hidden[token * kPitch + r / 2] = is_bf16 ? pack_bf16(value.x, value.y) : pack_f16(value.x, value.y);

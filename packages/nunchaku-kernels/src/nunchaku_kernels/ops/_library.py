@@ -2,11 +2,12 @@
 
 Tensors are in the PUBLISHED order (`formats/`) unless a schema's comment says "natural" (row-major, readable).
 M tokens; N and K padded to multiples of 128; R the rank of the low-rank branch; G scale groups along K; T one of
-float32, float16, bfloat16. A backend may permute k inside a 64-group of `codes`: they are opaque between a
-`*_quantize` and the `*_linear` of the same arithmetic.
+float32, float16, bfloat16. A backend may permute k inside a 64-group of `codes`, and multipliers inside 128 rows: they
+are opaque between the operators of the same arithmetic.
 
 Quantise: x (M, K' <= K) T natural, smooth (K) T, shift in units of x, proj_down (K, R) T
     -> codes (M, K) int8, ascales, lora_act (M, R) float32 natural, from the raw x (not shifted, not smoothed).
+       w4a8 on CUDA: lora_act in the dtype of a 16-bit proj_down, in which tensor cores multiply it.
        w4a8: ascales (M) float32.  w4a4: ascales (M, K/64) dtype of x.  nvfp4: ascales (M, K/16) float8_e4m3fn.
 Linear: y = act(wcscales * (codes x weights) + bias + (lora_act * rank_scale) @ proj_up^T); out = residual + gate * y
     proj_up (N, R) T, rank_scale (R) float32 natural, wcscales (N) T, bias (N) T, gate (B, out_features) T natural with

@@ -37,6 +37,7 @@ from nunchaku_kernels.ops._unpack import lowrank_activation, natural_smooth, pad
 from nunchaku_kernels.reference import w4a8 as reference
 
 GROUP = reference.GROUP_SIZE
+FP16_MAX = torch.finfo(torch.float16).max
 MAX_INPUTS = 133_000
 """Above, an int32 sum of products of two int8 values could overflow."""
 
@@ -79,7 +80,7 @@ def _quantize(
     if native is None:
         shifted = padded_input(x.float(), width, shift)  # in fp32: the definition does not round t to 16 bits
         codes, ascales = reference.quantize_tokens(shifted, natural_smooth(smooth))
-        return codes, ascales, lowrank_activation(x, proj_down)
+        return codes, ascales, _for_tensor_cores(lowrank_activation(x, proj_down), proj_down)
     x, smooth = dense_rows(x), dense(smooth)
     # Tensor cores multiply 16-bit factors of one dtype; other branches are rare and go through torch.
     apart = proj_down is not None and x.is_cuda and (x.dtype == torch.float32 or proj_down.dtype != x.dtype)
@@ -88,14 +89,29 @@ def _quantize(
     rank = 0 if proj_down is None else proj_down.shape[1]
     codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
     ascales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    lora_act = torch.empty(tokens, rank, dtype=torch.float32, device=x.device)
+    lora_act = torch.empty(tokens, rank, dtype=_lora_dtype(proj_down), device=x.device)
     if tokens:
         native.w4a8_quantize(
             pointer(x), dtype_code(x), tokens, channels, x.stride(0), width, pointer(smooth), dtype_code(smooth),
             shift, pointer(proj_down), dtype_code(proj_down), rank, pointer(codes), pointer(ascales),
             pointer(lora_act), *place(x.device, tokens * channels * (rank + 8)),
         )  # fmt: skip
-    return codes, ascales, lora_act if separate is None else lowrank_activation(x, separate)
+    if separate is not None:
+        lora_act = _for_tensor_cores(lowrank_activation(x, separate), separate)
+    return codes, ascales, lora_act
+
+
+def _lora_dtype(factor: torch.Tensor | None) -> torch.dtype:
+    """Of the low-rank hidden state between the operators: tensor cores multiply it in the dtype of the factors."""
+    return factor.dtype if factor is not None and factor.is_cuda else torch.float32
+
+
+def _for_tensor_cores(lora_act: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """`lora_act` in that dtype; what is too large for fp16 becomes the largest number, as in the kernels."""
+    dtype = _lora_dtype(factor)
+    if dtype == torch.float16 and lora_act.dtype != dtype:
+        lora_act = lora_act.clamp(-FP16_MAX, FP16_MAX)
+    return lora_act.to(dtype)
 
 
 @fake("w4a8_quantize")
@@ -106,7 +122,7 @@ def _fake_quantize(
     return (
         x.new_empty(x.shape[0], padded_width(x, smooth, proj_down), dtype=torch.int8),
         x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty(x.shape[0], rank, dtype=torch.float32),
+        x.new_empty(x.shape[0], rank, dtype=_lora_dtype(proj_down)),
     )
 
 
@@ -198,7 +214,8 @@ def _linear(
             product, lora_act, proj_up, rank_scale, wcscales, bias, out_features=out_features, activation=activation,
             gate=gate, residual=residual, out_dtype=out_dtype,
         )  # fmt: skip
-    codes, ascales, lora_act, qweight = dense(codes), dense(ascales), dense(lora_act), dense(qweight)
+    codes, ascales, qweight = dense(codes), dense(ascales), dense(qweight)
+    lora_act = dense(_for_tensor_cores(lora_act, proj_up))
     row_scales, group_multipliers, proj_up = dense(row_scales), dense(group_multipliers), dense(proj_up)
     rank_scale, wcscales, bias = dense(rank_scale), dense(wcscales), dense(bias)
     gate, residual = dense(gate), dense(residual)
