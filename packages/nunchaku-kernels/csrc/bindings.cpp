@@ -49,8 +49,19 @@ QuantizeArguments quantize(Address x, int x_dtype, int64_t tokens, int64_t chann
             rank,
             at<int8_t>(codes),
             at<float>(ascales),
-            at<float>(lora_act)};
+            at<void>(lora_act)};
 }
+
+#ifdef NK_CUDA
+QuantizeNormArguments quantize_norm(Address x, int x_dtype, int64_t tokens, int64_t channels, int64_t stride,
+                                    int64_t padded_k, Address scale, Address shift, int64_t rows, double eps,
+                                    Address smooth, int smooth_dtype, Address proj_down, int proj_down_dtype,
+                                    int64_t rank, Address codes, Address ascales, Address lora_act) {
+    return {quantize(x, x_dtype, tokens, channels, stride, padded_k, smooth, smooth_dtype, 0, proj_down,
+                     proj_down_dtype, rank, codes, ascales, lora_act),
+            {tensor(scale, x_dtype), tensor(shift, x_dtype), rows, static_cast<float>(eps)}};
+}
+#endif
 
 struct AccumulateArguments {
     ProductArguments product;
@@ -112,6 +123,11 @@ const auto fold_names =
 const auto quantize_names =
     std::make_tuple("x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "Kp"_a, "smooth"_a, "smooth_dtype"_a, "shift"_a,
                     "proj_down"_a, "proj_down_dtype"_a, "R"_a, "codes"_a, "ascales"_a, "lora_act"_a);
+#ifdef NK_CUDA
+const auto quantize_norm_names = std::make_tuple(
+    "x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "Kp"_a, "scale"_a, "shift"_a, "rows"_a, "eps"_a, "smooth"_a,
+    "smooth_dtype"_a, "proj_down"_a, "proj_down_dtype"_a, "R"_a, "codes"_a, "ascales"_a, "lora_act"_a);
+#endif
 const auto accumulate_names = std::make_tuple("codes"_a, "qweight"_a, "multipliers"_a, "M"_a, "Np"_a, "Kp"_a, "out"_a);
 const auto linear_names =
     std::make_tuple("codes"_a, "ascales"_a, "lora_act"_a, "R"_a, "qweight"_a, "row_scales"_a, "multipliers"_a,
@@ -153,7 +169,7 @@ void define_cpu(nb::module_& module) {
 template <class Arguments, class... Plain, class Run>
 auto on_cuda(Arguments (*make)(Plain...), Run run) {
     return [=](Plain... plain, int64_t device, Address stream, const std::string& isa) {
-        run(make(plain...), cuda::Launch{device, at<CUstream_st>(stream), isa});
+        return run(make(plain...), cuda::Launch{device, at<CUstream_st>(stream), isa});
     };
 }
 
@@ -165,6 +181,7 @@ void define_cuda(nb::module_ module) {
     module.def("isas", &cuda::usable_isas, "device"_a, "Kernel sets of this build that run on a device, best last.");
     define_op("w4a8_fold_scales", on_cuda(fold_scales, cuda::w4a8_fold_scales), fold_names);
     define_op("w4a8_quantize", on_cuda(quantize, cuda::w4a8_quantize), quantize_names);
+    define_op("w4a8_quantize_norm", on_cuda(quantize_norm, cuda::w4a8_quantize_norm), quantize_norm_names);
     define_op("w4a8_accumulate",
               on_cuda(accumulate, [](const AccumulateArguments& a,
                                      const cuda::Launch& launch) { cuda::w4a8_accumulate(a.product, a.sums, launch); }),

@@ -34,6 +34,17 @@ void validate(const QuantizeArguments& a) {
     require_pointer(a.lora_act, "lora_act");
 }
 
+void validate(const QuantizeNormArguments& a) {
+    validate(a.quantize);
+    const ModulationArguments& m = a.modulation;
+    require(m.scale.dtype == a.quantize.x.dtype, "scale_dtype", "that of x", m.scale.dtype);
+    require(m.shift.dtype == a.quantize.x.dtype, "shift_dtype", "that of x", m.shift.dtype);
+    require(m.rows > 0 && a.quantize.tokens % m.rows == 0, "rows", "a divisor of M", m.rows);
+    if (!a.quantize.tokens) return;
+    require_pointer(m.scale.data, "scale");
+    require_pointer(m.shift.data, "shift");
+}
+
 void validate(const ProductArguments& p) {
     require(p.tokens >= 0, "M", "0 or more", p.tokens);
     require(p.padded_n > 0 && p.padded_n % 128 == 0, "Np", "a positive multiple of 128", p.padded_n);

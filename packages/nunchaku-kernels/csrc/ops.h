@@ -31,9 +31,21 @@ struct QuantizeArguments {
     float shift;
     FloatTensor proj_down;  // [Kp, rank] published order, or absent
     int64_t rank;
-    int8_t* codes;    // [tokens, Kp]
-    float* ascales;   // [tokens]
-    float* lora_act;  // [tokens, rank]
+    int8_t* codes;   // [tokens, Kp]
+    float* ascales;  // [tokens]
+    void* lora_act;  // [tokens, rank]: fp32 on the CPU, the dtype of proj_down on CUDA
+};
+
+// layer_norm(x) * (1 + scale) + shift, rounded to the dtype of x, which scale and shift [rows, channels] have too.
+struct ModulationArguments {
+    FloatTensor scale, shift;
+    int64_t rows;  // divides tokens
+    float eps;
+};
+
+struct QuantizeNormArguments {
+    QuantizeArguments quantize;
+    ModulationArguments modulation;
 };
 
 struct ProductArguments {
@@ -78,6 +90,7 @@ struct AwqArguments {
 // All throw std::invalid_argument, naming the argument as Python knows it.
 void validate(const FoldArguments& arguments);
 void validate(const QuantizeArguments& arguments);
+void validate(const QuantizeNormArguments& arguments);
 void validate(const ProductArguments& product);
 void validate(const LinearArguments& arguments);  // with its product
 void validate(const AwqArguments& arguments);

@@ -172,7 +172,7 @@ def test_fold_scales_is_exact(isa: str, seed: int, blocks: int, groups: int, dty
 @given(
     seed=seeds,
     tokens=tokens_up_to_300,
-    channels=st.integers(1, 700) | st.sampled_from([128, 512, 3072]),
+    channels=st.integers(1, 700) | st.sampled_from([128, 512, 1536, 3072, 3080, 12288, 15360]),
     slack=st.sampled_from([0, 1, 5, 8]),
     padding=st.integers(0, 2),
     dtype=dtypes,
@@ -222,7 +222,9 @@ def test_quantize_is_exact(
         x, down = x.double(), down[:, :channels].double()
         bound = 2**-16 * (x.abs() @ down.abs().t()) + FACTOR_ROUNDING[hidden.dtype] * (x @ down.t()).abs()
         assert hidden.dtype == factor_dtypes[1]
-        wrong = (hidden - (x @ down.t()).clamp(-FINITE[hidden.dtype], FINITE[hidden.dtype])).abs() > bound + SMALLEST[hidden.dtype]
+        wrong = (hidden - (x @ down.t()).clamp(-FINITE[hidden.dtype], FINITE[hidden.dtype])).abs() > bound + SMALLEST[
+            hidden.dtype
+        ]
         assert not wrong.any()
 
 
@@ -259,6 +261,104 @@ def test_quantize_extreme_tokens(isa: str, magnitude: float) -> None:
     expected = w4a8.quantize_tokens(x)
     assert torch.equal(natural(codes).cpu(), expected[0])
     assert torch.equal(ascales.cpu(), expected[1])
+
+
+MODULATED = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+"""Of a maximum behind a norm: a modulated value may round to the neighbouring one."""
+
+
+@isas
+@given(
+    seed=seeds,
+    tokens=st.integers(1, 40),
+    rows=st.sampled_from([1, 2, 3, 7]),
+    channels=st.integers(1, 700) | st.sampled_from([128, 512, 1536, 3072, 3080, 5120, 15360]),
+    slack=st.sampled_from([0, 1, 8]),
+    padding=st.integers(0, 2),
+    dtype=dtypes,
+    factor_dtypes=st.none() | st.tuples(dtypes, dtypes),
+    rank=st.sampled_from([0, 16, 32, 48]),
+    mean=st.sampled_from([0.0, 1.0, -30.0]),
+    eps=st.sampled_from([1e-6, 0.1]),
+)
+@settings(max_examples=60, deadline=None)
+def test_quantize_norm(
+    isa: str,
+    seed: int,
+    tokens: int,
+    rows: int,
+    channels: int,
+    slack: int,
+    padding: int,
+    dtype: torch.dtype,
+    factor_dtypes: tuple[torch.dtype, torch.dtype] | None,
+    rank: int,
+    mean: float,
+    eps: float,
+) -> None:
+    draw = Draw(seed)
+    tokens *= rows
+    padded = (channels + 127) // 128 * 128 + 128 * padding
+    smooth_dtype, down_dtype = factor_dtypes or (dtype, dtype)
+    x = draw.normal(tokens, channels + slack).add(mean).to(dtype)[:, :channels]
+    scale, shift = (draw.normal(rows, channels).mul(0.3).to(dtype) for _ in range(2))
+    smooth = draw.normal(padded).abs().add(0.1).to(smooth_dtype)
+    down = draw.normal(rank, padded, dtype=down_dtype) if rank else None
+    with force(isa):
+        codes, ascales, hidden = guarded(
+            OPS.w4a8_quantize_norm,
+            x,
+            scale,
+            shift,
+            eps,
+            pack_vector(smooth),
+            None if down is None else pack_lowrank_down(down),
+        )
+    value = x.double()
+    value = (value - value.mean(1, keepdim=True)) / (value.var(1, correction=0, keepdim=True) + eps).sqrt()
+    value = value.view(rows, -1, channels) * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    value = value.view(tokens, channels).to(dtype)
+    expected = w4a8.quantize_tokens(value.cpu(), smooth[:channels].cpu())
+    codes = natural(codes)
+    assert ((codes[:, :channels].cpu().int() - expected[0].int()).abs() <= 1).all()
+    assert not codes[:, channels:].any()
+    torch.testing.assert_close(ascales.cpu(), expected[1], rtol=MODULATED[dtype], atol=1e-30)
+    if down is not None:
+        value, down = value.double(), down[:, :channels].double()
+        bound = MODULATED[dtype] * (value.abs() @ down.abs().t())
+        assert ((hidden - value @ down.t()).abs() <= bound + 1e-30).all()
+
+
+@isas
+@pytest.mark.parametrize(("tokens", "rows"), [(4608, 1), (4608, 2), (9, 9), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quantize_norm_as_flux_has_it(isa: str, tokens: int, rows: int, dtype: torch.dtype) -> None:
+    """Nearly every code is that of the torch operations."""
+    draw = Draw(tokens)
+    x = draw.normal(tokens, 3072).mul(3).to(dtype)
+    scale, shift = (draw.normal(rows, 3072).mul(0.3).to(dtype) for _ in range(2))
+    smooth = pack_vector(draw.normal(3072).abs().add(0.1).to(dtype))
+    down = pack_lowrank_down(draw.normal(32, 3072, dtype=dtype))
+    normalised = torch.nn.functional.layer_norm(x.float(), (3072,), eps=1e-6).view(rows, -1, 3072)
+    modulated = (normalised * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(dtype).view(tokens, 3072)
+    with force(isa):
+        codes, ascales, hidden = guarded(OPS.w4a8_quantize_norm, x, scale, shift, 1e-6, smooth, down)
+        expected = OPS.w4a8_quantize(modulated, smooth, 0.0, down)
+    assert (codes != expected[0]).float().mean() < 1e-2
+    torch.testing.assert_close(ascales, expected[1], rtol=MODULATED[dtype], atol=0)
+    torch.testing.assert_close(hidden, expected[2], rtol=2e-3, atol=2e-3 * float(hidden.abs().max()))
+
+
+@isas
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_quantize_norm_marks_non_finite_tokens(isa: str, value: float) -> None:
+    x = Draw(1).normal(3, 3072, dtype=torch.bfloat16)
+    x[1, 2000] = value
+    modulation = torch.zeros(1, 3072, device=GPU, dtype=torch.bfloat16)
+    with force(isa):
+        codes, ascales, _ = OPS.w4a8_quantize_norm(x, modulation, modulation, 1e-6, None, None)
+    assert torch.isnan(ascales).tolist() == [False, True, False]
+    assert not codes[1].any()
 
 
 # ---- W4A8: the integer product ---------------------------------------------------------------------------------------

@@ -73,6 +73,14 @@ void w4a8_quantize(const QuantizeArguments& arguments, const Launch& launch) {
         sm80::w4a8_quantize(arguments, launch.stream);
 }
 
+bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, const Launch& launch) {
+    validate(arguments);
+    const std::string isa = select(launch);
+    const DeviceGuard guard(launch.device);
+    if (!arguments.quantize.tokens) return true;
+    return isa == "sm90" && sm90::w4a8_quantize_norm(arguments, launch.stream);
+}
+
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, const Launch& launch) {
     validate(product);
     if (product.tokens) require_pointer(sums, "out");

@@ -29,15 +29,17 @@ inline int device_attribute(cudaDeviceAttr which) {
 // Whether vector loads may start there.
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+inline void allow_shared_bytes(const void* kernel, size_t bytes, const char* name) {
+    if (bytes > 48 * 1024)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+}
+
 // Raises the limit of dynamic shared memory of `kernel` and launches it, in clusters of `cluster` CTAs (sm_90) if
 // given.
 template <class... Parameters, class... Arguments>
 void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                      cudaStream_t stream, const char* name, Arguments&&... arguments) {
-    if (shared_bytes > 48 * 1024)
-        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)),
-              name);
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, name);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -76,6 +78,7 @@ void w4a16_fp32(const AwqArguments& arguments, cudaStream_t stream);
 namespace sm90 {
 
 void w4a8_quantize(const QuantizeArguments& arguments, cudaStream_t stream);
+bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, cudaStream_t stream);  // whether it does that
 
 // Whether the kernels below take these arguments; the others are for sm80.
 bool serves(const ProductArguments& product);

@@ -25,6 +25,8 @@ std::vector<std::string> usable_isas(int64_t device);
 
 void w4a8_fold_scales(const FoldArguments& arguments, const Launch& launch);
 void w4a8_quantize(const QuantizeArguments& arguments, const Launch& launch);
+// Whether a kernel takes these arguments; nothing is written where none does.
+bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, const Launch& launch);
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, const Launch& launch);
 void w4a8_linear(const LinearArguments& arguments, const Launch& launch);
 void w4a16_linear(const AwqArguments& arguments, const Launch& launch);

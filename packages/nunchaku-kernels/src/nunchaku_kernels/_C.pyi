@@ -6,7 +6,9 @@ sizes, codes or instruction sets they cannot serve.
 
 Where CUDA kernels were built there is a submodule `cuda` with the same functions; instead of `threads` they take a
 `device` and the address of a `stream`, on which they launch without waiting, and raise RuntimeError for errors of the
-CUDA runtime. Its `isas(device)` names the kernel sets that run on a device.
+CUDA runtime. Its `isas(device)` names the kernel sets that run on a device. It has one function more:
+`w4a8_quantize_norm`, which takes what `w4a8_quantize` does without `shift`, and behind `Kp` the addresses `scale` and
+`shift` of [rows, K] tensors of the dtype of x, `rows` and `eps`. It returns whether a kernel takes these arguments.
 """
 
 from types import ModuleType

@@ -40,6 +40,18 @@ __device__ __forceinline__ float4 load_from_cluster(uint32_t address) {
     return v;
 }
 
+// Writes to an address of any CTA of the cluster, and tells a barrier of that CTA which counts bytes.
+__device__ __forceinline__ void send_4(uint32_t address, uint32_t value, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(value),
+                 "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void send_8(uint32_t address, float2 value, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+                 "f"(value.x), "f"(value.y), "r"(barrier)
+                 : "memory");
+}
+
 __device__ __forceinline__ void raise_in_cluster(uint32_t address, uint32_t value) {
     asm volatile("red.relaxed.cluster.shared::cluster.max.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

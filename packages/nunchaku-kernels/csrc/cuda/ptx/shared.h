@@ -32,8 +32,6 @@ __device__ __forceinline__ float2 load_shared_floats(uint32_t address) {
     return v;
 }
 
-__device__ __forceinline__ float load_shared_float(uint32_t address) {
-    return __uint_as_float(load_shared_4(address));
-}
+__device__ __forceinline__ float load_shared_float(uint32_t address) { return __uint_as_float(load_shared_4(address)); }
 
 }  // namespace nk::cuda::ptx

@@ -1,6 +1,6 @@
-// Products of a warpgroup (sm_90a): D[64 x N] += A B, A from registers, B [N x K] from shared memory, K contiguous, rows
-// of 128 or 64 bytes in the swizzle of that width. D lies in registers like that of m16n8 products, one per 8 columns of
-// B.
+// Products of a warpgroup (sm_90a): D[64 x N] += A B, A from registers, B [N x K] from shared memory, K contiguous,
+// rows of 128 or 64 bytes in the swizzle of that width. D lies in registers like that of m16n8 products, one per 8
+// columns of B.
 #pragma once
 
 #include <cstdint>

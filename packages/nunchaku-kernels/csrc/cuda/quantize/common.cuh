@@ -14,6 +14,7 @@
 #include "../ptx/arithmetic.h"
 #include "../ptx/async_copy.h"
 #include "../ptx/mma.h"
+#include "../tail.cuh"
 
 namespace nk::cuda::quantize {
 
@@ -35,11 +36,35 @@ struct Parameters {
     int rank;
     int8_t* codes;
     float* ascales;
-    float* lora_act;
+    void* lora_act;
+    DType lora_dtype;
     int slots;               // of each warp
     bool partials_separate;  // low-rank sums do not go where x was, because further sweeps need it
     int tile_tokens;         // of quantize_resident, whose `slots` are those of a CTA
 };
+
+// Without what depends on the kernel.
+inline Parameters parameters(const QuantizeArguments& a) {
+    const DType dtype = static_cast<DType>(a.x.dtype);
+    const int64_t element_bytes = static_cast<int64_t>(size_of(dtype));
+    require(!a.rank || (a.proj_down.dtype == a.x.dtype && dtype != DType::f32), "proj_down_dtype",
+            "the 16-bit dtype of x", a.proj_down.dtype);
+    require(aligned(a.codes), "codes", "an address that is a multiple of 16", reinterpret_cast<intptr_t>(a.codes));
+    require(aligned(a.proj_down.data), "proj_down", "an address that is a multiple of 16",
+            reinterpret_cast<intptr_t>(a.proj_down.data));
+    Parameters p{};
+    p.x = static_cast<const char*>(a.x.data);
+    p.tokens = a.tokens, p.channels = a.channels, p.row_bytes = a.tokens > 1 ? a.stride * element_bytes : 0;
+    p.x_aligned = aligned(a.x.data) && p.row_bytes % 16 == 0 && a.channels * element_bytes % 16 == 0;
+    p.groups = static_cast<int>(a.padded_k / kGroupSize);
+    p.smooth = a.smooth.data, p.smooth_dtype = static_cast<DType>(a.smooth.dtype);
+    p.shift = a.shift;
+    p.proj_down = static_cast<const uint4*>(a.proj_down.data);
+    p.rank = static_cast<int>(a.rank);
+    p.codes = a.codes, p.ascales = a.ascales, p.lora_act = a.lora_act;
+    p.lora_dtype = static_cast<DType>(a.proj_down.dtype);
+    return p;
+}
 
 // A CTA by itself: its barrier is the only one, and its shared memory the only one to read.
 struct Alone {
@@ -249,6 +274,11 @@ __device__ __forceinline__ void wait_until_pending(int allowed) {
     }
 }
 
+// A low-rank sum, in the dtype in which the product will multiply it.
+__device__ __forceinline__ void store_sum(const Parameters& p, int64_t token, int rank, float sum) {
+    store_1(p.lora_act, p.lora_dtype, static_cast<size_t>(token * p.rank + rank), sum);
+}
+
 // A team's fp32 sums of kRankTiles tiles, added over its warps in a fixed order, to lora_act. `partials` are those of
 // this CTA's first warp, as accumulators of mma lanes; those of the next one are `stride` bytes on.
 template <int kTokens, class Team>
@@ -267,9 +297,9 @@ __device__ void add_partials(const Parameters& p, const char* partials, int stri
         }
     }
     const int64_t token = first_token + index / 32 / kRankTiles * 8 + lane % 4 * 2;
-    float* out = p.lora_act + token * p.rank + tile * 16 + lane / 4;
-    if (token < p.tokens) out[0] = sum.x, out[8] = sum.z;
-    if (token + 1 < p.tokens) out[p.rank] = sum.y, out[p.rank + 8] = sum.w;
+    const int rank = tile * 16 + lane / 4;
+    if (token < p.tokens) store_sum(p, token, rank, sum.x), store_sum(p, token, rank + 8, sum.z);
+    if (token + 1 < p.tokens) store_sum(p, token + 1, rank, sum.y), store_sum(p, token + 1, rank + 8, sum.w);
 }
 
 }  // namespace nk::cuda::quantize

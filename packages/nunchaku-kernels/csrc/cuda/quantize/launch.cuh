@@ -149,23 +149,7 @@ void launch_resident_element(const ResidentPlan& plan, Parameters p, cudaStream_
 template <class Team>
 void run(const QuantizeArguments& a, cudaStream_t stream) {
     const DType dtype = static_cast<DType>(a.x.dtype);
-    const size_t element_bytes = size_of(dtype);
-    require(!a.rank || (a.proj_down.dtype == a.x.dtype && dtype != DType::f32), "proj_down_dtype",
-            "the 16-bit dtype of x", a.proj_down.dtype);
-    require(aligned(a.codes), "codes", "an address that is a multiple of 16", reinterpret_cast<intptr_t>(a.codes));
-    require(aligned(a.proj_down.data), "proj_down", "an address that is a multiple of 16",
-            reinterpret_cast<intptr_t>(a.proj_down.data));
-    const int64_t row_bytes = a.tokens > 1 ? a.stride * static_cast<int64_t>(element_bytes) : 0;
-    Parameters p{};
-    p.x = static_cast<const char*>(a.x.data);
-    p.tokens = a.tokens, p.channels = a.channels, p.row_bytes = row_bytes;
-    p.x_aligned = aligned(a.x.data) && row_bytes % 16 == 0 && a.channels * element_bytes % 16 == 0;
-    p.groups = static_cast<int>(a.padded_k / kGroupSize);
-    p.smooth = a.smooth.data, p.smooth_dtype = static_cast<DType>(a.smooth.dtype);
-    p.shift = a.shift;
-    p.proj_down = static_cast<const uint4*>(a.proj_down.data);
-    p.rank = static_cast<int>(a.rank);
-    p.codes = a.codes, p.ascales = a.ascales, p.lora_act = a.lora_act;
+    Parameters p = parameters(a);
     if (p.x_aligned && dtype != DType::f32 && a.rank <= kRankTiles * 16) {
         const ResidentPlan resident = resident_plan(Team::kLargest, a);
         if (resident.tokens)

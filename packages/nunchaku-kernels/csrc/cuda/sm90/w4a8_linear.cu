@@ -38,9 +38,9 @@ constexpr int kChunk = 128;                 // inputs of a stage
 constexpr int kCodeBytes = kChannels * kChunk / 2;
 constexpr int kMultiplierBytes = kChannels * (kChunk / kGroup) * 2;
 constexpr int kWeightBytes = kCodeBytes + kMultiplierBytes;  // of a stage: codes, then multipliers
-constexpr int kRow = 128;  // bytes of a token in a stage, and in an output tile
+constexpr int kRow = 128;                                    // bytes of a token in a stage, and in an output tile
 constexpr int kSharedLimit = 232448;
-constexpr int kRankBlock = 32;       // ranks of the low-rank branch that are staged together
+constexpr int kRankBlock = 32;            // ranks of the low-rank branch that are staged together
 constexpr int kRankRow = 2 * kRankBlock;  // bytes of a token in a hidden tile
 constexpr int kMaxRank = 1024;
 constexpr int kFewTokens = 64;  // up to here the portable kernel is the better one
@@ -52,9 +52,9 @@ struct Arguments {
     const uint8_t* qweight;
     const int16_t* multipliers;
     int tokens, padded_n, padded_k, channel_pairs;
-    int wide_tokens;         // in wide tiles; the tokens behind are in narrow ones
-    int wide_tiles, tiles;   // counted in pairs of blocks; all, and those of them that are wide
-    int32_t* sums;  // if given, the bare product goes there, and nothing below is read
+    int wide_tokens;        // in wide tiles; the tokens behind are in narrow ones
+    int wide_tiles, tiles;  // counted in pairs of blocks; all, and those of them that are wide
+    int32_t* sums;          // if given, the bare product goes there, and nothing below is read
     const float *ascales, *row_scales, *rank_scale;
     const void *proj_up, *wcscales, *bias, *gate, *residual;
     DType up_dtype, wcscales_dtype, bias_dtype, gate_dtype, out_dtype;  // the residual has out_dtype
@@ -70,8 +70,8 @@ struct Facts {
     int token, channel;  // the tile's first ones
 };
 
-// A block of ranks: the hidden state of the tile's tokens in rows of 64 bytes, swizzled, and the factors of its channels
-// as the lanes of a strip take them.
+// A block of ranks: the hidden state of the tile's tokens in rows of 64 bytes, swizzled, and the factors of its
+// channels as the lanes of a strip take them.
 template <int tokens>
 struct RankBlock {
     uint8_t hidden[tokens * kRankRow];
@@ -143,8 +143,8 @@ struct Tile {
         const int token_tiles = (is_wide ? a.wide_tiles : a.tiles - a.wide_tiles) / a.channel_pairs;
         const int band = index / (kBand * a.channel_pairs), first = band * kBand;
         const int height = min(kBand, token_tiles - first), place = index - first * a.channel_pairs;
-        token = is_wide ? (first + place % height) * wide
-                        : a.wide_tokens + (first + place % height) * (wide - kNarrower);
+        token =
+            is_wide ? (first + place % height) * wide : a.wide_tokens + (first + place % height) * (wide - kNarrower);
         channel = (place / height * kPair + rank) * kChannels;
         existing_channel = min(channel, a.padded_n - kChannels);
     }
@@ -185,10 +185,9 @@ __device__ void load_weights(const Arguments& a, uint32_t shared, Barriers<token
         ptx::arrive_expecting(full, kWeightBytes);
         ptx::bulk_load(weights, a.qweight + qweight_strip_offset(tile.existing_channel, k, a.padded_k), kCodeBytes,
                        full);
-        ptx::bulk_load(
-            weights + kCodeBytes,
-            a.multipliers + w4a8_multiplier_position(tile.existing_channel, k / kGroup, a.padded_k / kGroup),
-            kMultiplierBytes, full);
+        ptx::bulk_load(weights + kCodeBytes,
+                       a.multipliers + w4a8_multiplier_position(tile.existing_channel, k / kGroup, a.padded_k / kGroup),
+                       kMultiplierBytes, full);
         ring.advance();
     };
     for (int index = first_tile(); index < a.tiles; index += tile_step()) {
@@ -251,7 +250,8 @@ __device__ void load_ranks_and_store(const CUtensorMap* hidden, const CUtensorMa
             ptx::arrive_expecting(full, sizeof(Block::hidden) + kChannels / kStrip * bytes);
             ptx::tensor_load(block + offsetof(Block, hidden), hidden, first, tile.token, full);
             for (int strip = 0; strip < kChannels / static_cast<int>(kStrip); ++strip) {
-                const size_t step = static_cast<size_t>(tile.existing_channel / kStrip + strip) * all_steps + first / 16;
+                const size_t step =
+                    static_cast<size_t>(tile.existing_channel / kStrip + strip) * all_steps + first / 16;
                 ptx::bulk_load(block + offsetof(Block, up) + strip * sizeof(Block::up[0]),
                                static_cast<const uint8_t*>(a.proj_up) + step * sizeof(Block::up[0][0]), bytes, full);
             }
@@ -650,7 +650,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // How the tokens are cut into tiles.
 struct Tiling {
-    int width;  // of a wide tile
+    int width;         // of a wide tile
     int wide, narrow;  // token tiles
 };
 
@@ -669,12 +669,13 @@ void run(Arguments a, const Tiling& tiling, const int8_t* codes, const void* lor
     launch_clusters(kPair, product<tokens>, dim3(kPair * std::min(a.tiles, processors / kPair)), dim3(kThreads),
                     Layout<tokens>::kBytes, stream, "w4a8_linear (sm90)", codes_map,
                     half_map(a.rank ? lora_act : nullptr, a.rank, kRankRow, tokens),
-                    half_map(out, a.out_features, kRow, tokens), half_map(out, a.out_features, kRow, tokens - kNarrower),
-                    a);
+                    half_map(out, a.out_features, kRow, tokens),
+                    half_map(out, a.out_features, kRow, tokens - kNarrower), a);
 }
 
-// The tiling that is worked off soonest. A pair of blocks takes a tile after the other, wide ones first. Cycles of a tile
-// as measured for widths 192 to 256: a chunk costs its decoding and half of its products, which hide the other half.
+// The tiling that is worked off soonest. A pair of blocks takes a tile after the other, wide ones first. Cycles of a
+// tile as measured for widths 192 to 256: a chunk costs its decoding and half of its products, which hide the other
+// half.
 Tiling choose_tiling(const Arguments& a, int processors) {
     const int pairs = processors / kPair;
     Tiling best{};
@@ -687,7 +688,8 @@ Tiling choose_tiling(const Arguments& a, int processors) {
             const double mean_width = narrow_width + kNarrower * static_cast<double>(wide) / tiles;
             const int64_t rounds = (int64_t{tiles} * a.channel_pairs + pairs - 1) / pairs;
             const double chunks = static_cast<double>(a.padded_k / kChunk);
-            const double cost = static_cast<double>(rounds) * (chunks * (536 + 2.1 * mean_width) + 11 * mean_width + 300);
+            const double cost =
+                static_cast<double>(rounds) * (chunks * (536 + 2.1 * mean_width) + 11 * mean_width + 300);
             if (!best.width || cost < least) least = cost, best = {width, wide, tiles - wide};
             if (!wide) break;
         }

@@ -2,6 +2,7 @@
 // the low-rank factor is read less often, and rows that no multiprocessor could hold.
 #include "../ptx/cluster.h"
 #include "../quantize/launch.cuh"
+#include "../quantize/stream_launch.cuh"
 
 namespace nk::cuda::sm90 {
 namespace {
@@ -28,6 +29,10 @@ struct Cluster {
 
 void w4a8_quantize(const QuantizeArguments& arguments, cudaStream_t stream) {
     quantize::run<Cluster>(arguments, stream);
+}
+
+bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, cudaStream_t stream) {
+    return quantize::run_stream(arguments.quantize, &arguments.modulation, stream);
 }
 
 }  // namespace nk::cuda::sm90

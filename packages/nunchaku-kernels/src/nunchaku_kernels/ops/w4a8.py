@@ -83,18 +83,15 @@ def _quantize(
         return codes, ascales, _for_tensor_cores(lowrank_activation(x, proj_down), proj_down)
     x, smooth = dense_rows(x), dense(smooth)
     # Tensor cores multiply 16-bit factors of one dtype; other branches are rare and go through torch.
-    apart = proj_down is not None and x.is_cuda and (x.dtype == torch.float32 or proj_down.dtype != x.dtype)
+    apart = proj_down is not None and x.is_cuda and not _fused_branch(x, proj_down)
     separate, proj_down = (proj_down, None) if apart else (None, dense(proj_down))
     tokens, channels = x.shape
-    rank = 0 if proj_down is None else proj_down.shape[1]
-    codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
-    ascales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    lora_act = torch.empty(tokens, rank, dtype=_lora_dtype(proj_down), device=x.device)
+    codes, ascales, lora_act = _outputs(x, width, proj_down)
     if tokens:
         native.w4a8_quantize(
             pointer(x), dtype_code(x), tokens, channels, x.stride(0), width, pointer(smooth), dtype_code(smooth),
-            shift, pointer(proj_down), dtype_code(proj_down), rank, pointer(codes), pointer(ascales),
-            pointer(lora_act), *place(x.device, tokens * channels * (rank + 8)),
+            shift, pointer(proj_down), dtype_code(proj_down), lora_act.shape[1], pointer(codes), pointer(ascales),
+            pointer(lora_act), *place(x.device, tokens * channels * (lora_act.shape[1] + 8)),
         )  # fmt: skip
     if separate is not None:
         lora_act = _for_tensor_cores(lowrank_activation(x, separate), separate)
@@ -112,6 +109,22 @@ def _for_tensor_cores(lora_act: torch.Tensor, factor: torch.Tensor | None) -> to
     if dtype == torch.float16 and lora_act.dtype != dtype:
         lora_act = lora_act.clamp(-FP16_MAX, FP16_MAX)
     return lora_act.to(dtype)
+
+
+def _fused_branch(x: torch.Tensor, proj_down: torch.Tensor | None) -> bool:
+    """Whether CUDA kernels take the low-rank branch along."""
+    return proj_down is None or (x.dtype != torch.float32 and proj_down.dtype == x.dtype)
+
+
+def _outputs(
+    x: torch.Tensor, width: int, proj_down: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, rank = x.shape[0], 0 if proj_down is None else proj_down.shape[1]
+    return (
+        torch.empty(tokens, width, dtype=torch.int8, device=x.device),
+        torch.empty(tokens, dtype=torch.float32, device=x.device),
+        torch.empty(tokens, rank, dtype=_lora_dtype(proj_down), device=x.device),
+    )
 
 
 @fake("w4a8_quantize")
@@ -136,13 +149,23 @@ def _quantize_norm(
     proj_down: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     op = "w4a8_quantize_norm"
-    check_quantize(op, x, smooth, proj_down)
+    width = check_quantize(op, x, smooth, proj_down)
     tokens, channels = x.shape
     check_tensor(op, "scale", scale, dtypes=(x.dtype,), shape=(None, channels), device=x.device)
     rows = scale.shape[0]
     check_tensor(op, "shift", shift, dtypes=(x.dtype,), shape=(rows, channels), device=x.device)
     if rows == 0 or tokens % rows:
         raise ValueError(f"{op}: `scale` has {rows} rows, which do not divide the {tokens} tokens")
+    native = _native.kernels(x.device)
+    if native is not None and x.is_cuda and _fused_branch(x, proj_down):
+        x, smooth, proj_down, scale, shift = dense_rows(x), dense(smooth), dense(proj_down), dense(scale), dense(shift)
+        codes, ascales, lora_act = _outputs(x, width, proj_down)
+        if native.w4a8_quantize_norm(
+            pointer(x), dtype_code(x), tokens, channels, x.stride(0), width, pointer(scale), pointer(shift), rows, eps,
+            pointer(smooth), dtype_code(smooth), pointer(proj_down), dtype_code(proj_down), lora_act.shape[1],
+            pointer(codes), pointer(ascales), pointer(lora_act), *place(x.device, 0),
+        ):  # fmt: skip
+            return codes, ascales, lora_act
     normalised = layer_norm(x.float(), (channels,), eps=eps).view(rows, tokens // rows, channels)
     modulated = torch.addcmul(shift.float().unsqueeze(1), normalised, 1 + scale.float().unsqueeze(1))
     return _quantize(modulated.view(tokens, channels).to(x.dtype), smooth, 0.0, proj_down)
