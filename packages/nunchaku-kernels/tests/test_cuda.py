@@ -322,11 +322,12 @@ def test_quantize_norm(
     codes = natural(codes)
     assert ((codes[:, :channels].cpu().int() - expected[0].int()).abs() <= 1).all()
     assert not codes[:, channels:].any()
-    torch.testing.assert_close(ascales.cpu(), expected[1], rtol=MODULATED[dtype], atol=1e-30)
+    cancelled = 1 + abs(mean)  # what fp32 loses when it takes the mean away
+    torch.testing.assert_close(ascales.cpu(), expected[1], rtol=cancelled * MODULATED[dtype], atol=1e-30)
     if down is not None:
         value, down = value.double(), down[:, :channels].double()
-        bound = MODULATED[dtype] * (value.abs() @ down.abs().t())
-        assert ((hidden - value @ down.t()).abs() <= bound + 1e-30).all()
+        relative = cancelled * MODULATED[dtype] + FACTOR_ROUNDING[hidden.dtype]
+        assert ((hidden - value @ down.t()).abs() <= relative * (value.abs() @ down.abs().t()) + 1e-30).all()
 
 
 @isas
