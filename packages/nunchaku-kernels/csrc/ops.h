@@ -74,6 +74,18 @@ struct LinearArguments {
     int out_dtype;
 };
 
+// A fused projection to q, k and v of heads of 128 channels. The heads of q and k are normalised (RMS, with the weights
+// norm_q and norm_k [128], or neither) and rotated in pairs of neighbouring channels. Sample s, token t of it, head h
+// of q, k or v (part 0, 1 or 2) goes to out [3, samples, heads, out_tokens, 128] at [part, s, h, first_token + t].
+struct HeadArguments {
+    LinearArguments linear;  // without activation, gate and residual
+    int64_t samples, heads;  // samples divide tokens; out_features = 3 * 128 * heads
+    FloatTensor norm_q, norm_k;
+    float eps;
+    const float* rotary;  // [tokens / samples, 64, 2]: cosines and sines; or null
+    int64_t first_token, out_tokens;
+};
+
 struct AwqArguments {
     FloatTensor x;  // [tokens, in_features], rows `stride` elements apart
     int64_t tokens, in_features, stride;
@@ -93,6 +105,7 @@ void validate(const QuantizeArguments& arguments);
 void validate(const QuantizeNormArguments& arguments);
 void validate(const ProductArguments& product);
 void validate(const LinearArguments& arguments);  // with its product
+void validate(const HeadArguments& arguments);    // with its linear
 void validate(const AwqArguments& arguments);
 
 }  // namespace nk

@@ -26,6 +26,7 @@ from nunchaku_kernels.formats import (
 from nunchaku_kernels.ops import _native
 from nunchaku_kernels.reference import w4a8, w4a16
 from nunchaku_kernels.reference.epilogue import epilogue
+from nunchaku_kernels.reference.heads import split_heads
 
 pytestmark = pytest.mark.cuda
 
@@ -580,6 +581,56 @@ def test_more_elements_than_32_bits_count(isa: str) -> None:
             expected_rows = (sums * ascales[ends, None] * row_scales).bfloat16()
             torch.testing.assert_close(y[ends], expected_rows, rtol=ROUNDING[torch.bfloat16], atol=0)
             del y, given
+
+
+@isas
+@given(
+    seed=seeds,
+    samples=st.integers(1, 3),
+    tokens=tokens_up_to_300 | st.sampled_from([513]),
+    heads=st.integers(1, 4),
+    rank=st.sampled_from([0, 32, 80]),
+    before=st.sampled_from([0, 1, 77]),
+    after=st.sampled_from([0, 5]),
+    parts=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.bfloat16, torch.float32]),
+)
+@examples
+def test_linear_heads(
+    isa: str,
+    seed: int,
+    samples: int,
+    tokens: int,
+    heads: int,
+    rank: int,
+    before: int,
+    after: int,
+    parts: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+) -> None:
+    """What `split_heads` makes of the linear's outputs, in its place; everything beside it stays as it was."""
+    draw = Draw(seed)
+    second = Second(draw, samples * tokens, 384 * heads, 256, rank)
+    bias = pack_vector(draw.normal(384 * heads, dtype=dtype)) if parts[0] else None
+    up = pack_lowrank_up(draw.normal(384 * heads, rank, dtype=dtype)) if rank else None
+    norms = [draw.normal(128, dtype=dtype) if parts[1] else None for _ in range(2)]
+    angles = draw.normal(tokens, 64).mul(3)
+    rotary = torch.stack((angles.cos(), angles.sin()), dim=-1) if parts[2] else None
+    out = torch.full((3, samples, heads, before + tokens + after, 128), float("nan"), dtype=dtype, device=GPU)
+    with force(isa):
+        OPS.w4a8_linear_heads(*second.head, up, None, None, bias, *norms, 1e-6, rotary, out, before)
+        again = torch.full_like(out, float("nan"))
+        OPS.w4a8_linear_heads(*second.head, up, None, None, bias, *norms, 1e-6, rotary, again, before)
+        y = OPS.w4a8_linear(*second.head, up, None, None, bias, out_features=384 * heads, out_dtype=dtype)
+    torch.testing.assert_close(out, again, rtol=0, atol=0, equal_nan=True)
+    expected = split_heads(y, samples, norm_q=norms[0], norm_k=norms[1], rotary=rotary)
+    inside = out[:, :, :, before : before + tokens]
+    scale = expected.float().abs().amax(-1, keepdim=True)  # a rotation mixes channels: one can cancel
+    assert (
+        (inside.float() - expected.float()).abs() <= ROUNDING[dtype] * expected.float().abs() + 2**-20 * scale
+    ).all()
+    assert torch.equal(inside[2], expected[2])
+    assert out[:, :, :, :before].isnan().all() and out[:, :, :, before + tokens :].isnan().all()
 
 
 # ---- W4A16 -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@
 #include "../ptx/shared.h"
 #include "../ptx/wgmma.h"
 #include "../tail.cuh"
+#include "heads.cuh"
 #include "tensor_map.h"
 
 namespace nk::cuda::sm90 {
@@ -60,6 +61,9 @@ struct Arguments {
     DType up_dtype, wcscales_dtype, bias_dtype, gate_dtype, out_dtype;  // the residual has out_dtype
     int rank, activation, out_features, tokens_per_gate;
     bool plain;  // bf16 outputs without activation, gate or residual
+    Heads heads;
+    const void* norms[2];  // of q and k
+    DType norms_dtype[2];
 };
 
 // What the end of a tile needs of its rows and columns.
@@ -78,23 +82,26 @@ struct RankBlock {
     uint4 up[kChannels / kStrip][kRankBlock / 16][32];
 };
 
-// Shared memory: stages of tokens, one output tile per consumer, stages of weights, facts, scales of ranks, barriers.
+// Shared memory: stages of tokens, one output tile per consumer, stages of weights, facts, scales of ranks, weights of
+// norms, barriers.
 // Two blocks of ranks lie where outputs go afterwards.
 template <int tokens>
 struct Layout {
     static constexpr int kTokenBytes = tokens * kRow, kStageBytes = kTokenBytes + kWeightBytes;
     static constexpr int kOutputBytes =
         std::max(kConsumers * tokens * kRow, 2 * static_cast<int>(sizeof(RankBlock<tokens>)));
-    static constexpr int kFactBytes = (sizeof(Facts<tokens>) + 15) / 16 * 16, kRankScaleBytes = kMaxRank * 4;
+    static constexpr int kFactBytes = (sizeof(Facts<tokens>) + 15) / 16 * 16, kRankScaleBytes = kMaxRank * 4,
+                         kNormBytes = 2 * kHeadChannels * 4;
     static constexpr int kBarrierBytes = 320;
-    static constexpr int kOtherBytes = kOutputBytes + kFactBytes + kRankScaleBytes + kBarrierBytes;
+    static constexpr int kOtherBytes = kOutputBytes + kFactBytes + kRankScaleBytes + kNormBytes + kBarrierBytes;
     // Weights are free again once they are decoded: one stage less of them does.
     static constexpr int kStages = std::min(8, (kSharedLimit - kOtherBytes + kWeightBytes) / kStageBytes);
     static constexpr int kWeightStages = kStages - 1;
     // The swizzles count from multiples of 1024.
     static constexpr int kOutput = kStages * kTokenBytes, kWeights = kOutput + kOutputBytes;
     static constexpr int kFacts = kWeights + kWeightStages * kWeightBytes, kRankScales = kFacts + kFactBytes;
-    static constexpr int kBarriers = kRankScales + kRankScaleBytes, kBytes = kBarriers + kBarrierBytes;
+    static constexpr int kNorms = kRankScales + kRankScaleBytes;
+    static constexpr int kBarriers = kNorms + kNormBytes, kBytes = kBarriers + kBarrierBytes;
     static_assert(kTokenBytes % 1024 == 0 && sizeof(RankBlock<tokens>) % 512 == 0 && kOutputBytes % 128 == 0);
     static_assert(kStages >= 3 && kBytes <= kSharedLimit);
 };
@@ -211,6 +218,11 @@ __device__ void load_facts(const Arguments& a, uint8_t* memory, int lane, Barrie
     const int cluster_rank = ptx::cluster_rank();
     if (a.rank_scale)
         for (int i = lane; i < a.rank; i += 32) rank_scales[i] = __ldg(a.rank_scale + i);
+    if (a.heads.has_norm) {
+        float* norms = reinterpret_cast<float*>(memory + Layout<tokens>::kNorms);
+        for (int i = lane; i < 2 * kHeadChannels; i += 32)
+            norms[i] = load_float(a.norms[i / kHeadChannels], a.norms_dtype[i / kHeadChannels], i % kHeadChannels);
+    }
     uint32_t parity = 1;
     for (int index = first_tile(); index < a.tiles; index += tile_step(), parity ^= 1) {
         const Tile tile(a, index, cluster_rank, tokens);
@@ -260,8 +272,19 @@ __device__ void load_ranks_and_store(const CUtensorMap* hidden, const CUtensorMa
 #pragma unroll
         for (int c = 0; c < kConsumers; ++c) {
             ptx::wait(barriers.output_full(c), parity);
-            ptx::tensor_store(index < a.wide_tiles ? wide_out : narrow_out, shared + L::kOutput + c * tokens * kRow,
-                              tile.channel + 64 * c, tile.token);
+            const CUtensorMap* out = index < a.wide_tiles ? wide_out : narrow_out;
+            const uint32_t source = shared + L::kOutput + c * tokens * kRow;
+            if (!a.heads.count) {
+                ptx::tensor_store(out, source, tile.channel + 64 * c, tile.token, 0);
+                continue;
+            }
+            // Planes are heads: of q, k, v, and of the samples in each. A tile can have tokens of several samples; of
+            // each the others lie outside.
+            const int head = tile.channel / kHeadChannels, samples = a.tokens / a.heads.tokens;
+            const int last = min(tile.token + tokens, a.tokens) - 1;
+            for (int sample = tile.token / a.heads.tokens; sample <= last / a.heads.tokens; ++sample)
+                ptx::tensor_store(out, source, 64 * c, tile.token - sample * a.heads.tokens,
+                                  (head / a.heads.count * samples + sample) * a.heads.count + head % a.heads.count);
         }
         ptx::finish_reading_stores();
         ptx::arrive(barriers.output_empty());
@@ -580,6 +603,21 @@ __device__ __forceinline__ void consume_tile(const Arguments& a, uint32_t shared
         stage_output<columns, true, false>(output, y);
     else
         finish<columns>(a, output, tile_token, consumer, tile_channel + 64 * consumer, y);
+    const int head = tile_channel / kHeadChannels;
+    if (head < 2 * a.heads.count) {  // of q or k; both consumers work on both halves of it
+        ptx::sync_threads<128 * kConsumers>(1);
+        const uint32_t rows = shared + L::kOutput;
+        const uint32_t weights = shared + L::kNorms + head / a.heads.count * kHeadChannels * 4;
+        constexpr int warps = 4 * kConsumers;
+        if (a.out_dtype == DType::bf16)
+            finish_head<columns, warps, true>(a.heads, rows, tokens * kRow, weights, tile_token, a.tokens, strip, lane);
+        else
+            finish_head<columns, warps, false>(a.heads, rows, tokens * kRow, weights, tile_token, a.tokens, strip,
+                                               lane);
+        // Each consumer's half is complete only when both are done.
+        ptx::fence_async_proxy();
+        ptx::sync_threads<128 * kConsumers>(1);
+    }
     ptx::fence_async_proxy();
     ptx::arrive(barriers.output_full(consumer));
 }
@@ -655,22 +693,24 @@ struct Tiling {
 };
 
 template <int tokens>
-void run(Arguments a, const Tiling& tiling, const int8_t* codes, const void* lora_act, void* out, int processors,
-         cudaStream_t stream) {
+void run(Arguments a, const Tiling& tiling, const int8_t* codes, const void* lora_act, const Planes& out,
+         int processors, cudaStream_t stream) {
     a.wide_tokens = tiling.wide * tokens;
     a.wide_tiles = tiling.wide * a.channel_pairs;
     a.tiles = (tiling.wide + tiling.narrow) * a.channel_pairs;
-    const CUtensorMap codes_map =
-        make_tensor_map(codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.tokens, a.padded_k, kRow, tokens / kPair);
-    const auto half_map = [&](const void* matrix, int columns, int row_bytes, int rows) {
-        return matrix ? make_tensor_map(matrix, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.tokens, columns, row_bytes, rows)
-                      : codes_map;
+    const auto map = [](CUtensorMapDataType type, int element_bytes, const Planes& planes, int row_bytes, int rows) {
+        return make_tensor_map(type, element_bytes, planes, row_bytes, rows);
+    };
+    const Planes code_planes{codes, a.tokens, a.padded_k};
+    const CUtensorMap codes_map = map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, code_planes, kRow, tokens / kPair);
+    // A map of something that is not there is not used.
+    const auto half_map = [&](const Planes& planes, int row_bytes, int rows) {
+        return planes.data ? map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, planes, row_bytes, rows) : codes_map;
     };
     launch_clusters(kPair, product<tokens>, dim3(kPair * std::min(a.tiles, processors / kPair)), dim3(kThreads),
                     Layout<tokens>::kBytes, stream, "w4a8_linear (sm90)", codes_map,
-                    half_map(a.rank ? lora_act : nullptr, a.rank, kRankRow, tokens),
-                    half_map(out, a.out_features, kRow, tokens),
-                    half_map(out, a.out_features, kRow, tokens - kNarrower), a);
+                    half_map({a.rank ? lora_act : nullptr, a.tokens, a.rank}, kRankRow, tokens),
+                    half_map(out, kRow, tokens), half_map(out, kRow, tokens - kNarrower), a);
 }
 
 // The tiling that is worked off soonest. A pair of blocks takes a tile after the other, wide ones first. Cycles of a
@@ -697,7 +737,8 @@ Tiling choose_tiling(const Arguments& a, int processors) {
     return best;
 }
 
-void choose_and_run(const Arguments& a, const int8_t* codes, const void* lora_act, void* out, cudaStream_t stream) {
+void choose_and_run(const Arguments& a, const int8_t* codes, const void* lora_act, const Planes& out,
+                    cudaStream_t stream) {
     const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
     const Tiling tiling = choose_tiling(a, processors);
     switch (tiling.width) {
@@ -745,10 +786,12 @@ bool serves(const LinearArguments& a) {
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream) {
     Arguments a = product_arguments(product);
     a.sums = sums;
-    choose_and_run(a, product.codes, nullptr, nullptr, stream);
+    choose_and_run(a, product.codes, nullptr, {}, stream);
 }
 
-void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
+namespace {
+
+Arguments linear_arguments(const LinearArguments& linear) {
     Arguments a = product_arguments(linear.product);
     a.rank = linear.proj_up.data ? static_cast<int>(linear.rank) : 0;
     a.ascales = linear.ascales;
@@ -768,7 +811,34 @@ void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
     a.out_features = static_cast<int>(linear.out_features);
     a.plain = a.out_dtype == DType::bf16 && !a.activation && !a.gate && !a.residual;
     a.tokens_per_gate = linear.gate.data ? static_cast<int>(linear.product.tokens / linear.gate_rows) : 1;
-    choose_and_run(a, linear.product.codes, linear.lora_act, linear.out, stream);
+    return a;
+}
+
+}  // namespace
+
+void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
+    const Arguments a = linear_arguments(linear);
+    choose_and_run(a, linear.product.codes, linear.lora_act, {linear.out, a.tokens, a.out_features, 1, 0}, stream);
+}
+
+bool serves(const HeadArguments& h) {
+    const LinearArguments& a = h.linear;
+    return serves(a) && a.product.padded_n == a.out_features && aligned(h.rotary) && h.samples < (1 << 20);
+}
+
+void w4a8_linear_heads(const HeadArguments& h, cudaStream_t stream) {
+    Arguments a = linear_arguments(h.linear);
+    a.heads.count = static_cast<int>(h.heads);
+    a.heads.tokens = static_cast<int>(h.linear.product.tokens / h.samples);
+    a.heads.eps = h.eps;
+    a.heads.has_norm = h.norm_q.data;
+    a.heads.rotary = h.rotary;
+    a.norms[0] = h.norm_q.data, a.norms_dtype[0] = static_cast<DType>(h.norm_q.dtype);
+    a.norms[1] = h.norm_k.data, a.norms_dtype[1] = static_cast<DType>(h.norm_k.dtype);
+    const int64_t row_bytes = 2 * kHeadChannels;
+    const Planes out{static_cast<char*>(h.linear.out) + h.first_token * row_bytes, a.heads.tokens, kHeadChannels,
+                     3 * h.samples * h.heads, h.out_tokens * row_bytes};
+    choose_and_run(a, h.linear.product.codes, h.linear.lora_act, out, stream);
 }
 
 }  // namespace nk::cuda::sm90
