@@ -49,7 +49,7 @@ QuantizeArguments quantize(Address x, int x_dtype, int64_t tokens, int64_t chann
             rank,
             at<int8_t>(codes),
             at<float>(ascales),
-            at<float>(lora_act)};
+            at<void>(lora_act)};
 }
 
 #ifdef NK_CUDA
@@ -84,7 +84,7 @@ LinearArguments linear(Address codes, Address ascales, Address lora_act, int64_t
     return {accumulate(codes, qweight, multipliers, tokens, padded_n, padded_k, 0).product,
             at<const float>(ascales),
             at<const float>(row_scales),
-            at<const float>(lora_act),
+            at<const void>(lora_act),
             rank,
             tensor(proj_up, proj_up_dtype),
             at<const float>(rank_scale),
@@ -98,6 +98,27 @@ LinearArguments linear(Address codes, Address ascales, Address lora_act, int64_t
             at<void>(out),
             out_dtype};
 }
+
+#ifdef NK_CUDA
+HeadArguments linear_heads(Address codes, Address ascales, Address lora_act, int64_t rank, Address qweight,
+                           Address row_scales, Address multipliers, Address proj_up, int proj_up_dtype,
+                           Address rank_scale, Address wcscales, int wcscales_dtype, Address bias, int bias_dtype,
+                           int64_t tokens, int64_t padded_n, int64_t padded_k, int64_t samples, int64_t heads,
+                           Address norm_q, int norm_q_dtype, Address norm_k, int norm_k_dtype, float eps,
+                           Address rotary, int64_t first_token, int64_t out_tokens, Address out, int out_dtype) {
+    return {linear(codes, ascales, lora_act, rank, qweight, row_scales, multipliers, proj_up, proj_up_dtype, rank_scale,
+                   wcscales, wcscales_dtype, bias, bias_dtype, tokens, padded_n, padded_k, 3 * 128 * heads, 0, 0, 0, 0,
+                   0, 0, out, out_dtype),
+            samples,
+            heads,
+            tensor(norm_q, norm_q_dtype),
+            tensor(norm_k, norm_k_dtype),
+            eps,
+            at<const float>(rotary),
+            first_token,
+            out_tokens};
+}
+#endif
 
 AwqArguments awq_linear(Address x, int x_dtype, int64_t tokens, int64_t in_features, int64_t stride, Address qweight,
                         Address wscales, Address wzeros, int scales_dtype, Address bias, int bias_dtype,
@@ -134,6 +155,13 @@ const auto linear_names =
                     "proj_up"_a, "proj_up_dtype"_a, "rank_scale"_a, "wcscales"_a, "wcscales_dtype"_a, "bias"_a,
                     "bias_dtype"_a, "M"_a, "Np"_a, "Kp"_a, "out_features"_a, "activation"_a, "gate"_a, "gate_dtype"_a,
                     "gate_rows"_a, "residual"_a, "residual_dtype"_a, "out"_a, "out_dtype"_a);
+#ifdef NK_CUDA
+const auto linear_heads_names = std::make_tuple(
+    "codes"_a, "ascales"_a, "lora_act"_a, "R"_a, "qweight"_a, "row_scales"_a, "multipliers"_a, "proj_up"_a,
+    "proj_up_dtype"_a, "rank_scale"_a, "wcscales"_a, "wcscales_dtype"_a, "bias"_a, "bias_dtype"_a, "M"_a, "Np"_a,
+    "Kp"_a, "samples"_a, "heads"_a, "norm_q"_a, "norm_q_dtype"_a, "norm_k"_a, "norm_k_dtype"_a, "eps"_a, "rotary"_a,
+    "first_token"_a, "out_tokens"_a, "out"_a, "out_dtype"_a);
+#endif
 const auto awq_names =
     std::make_tuple("x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "qweight"_a, "wscales"_a, "wzeros"_a,
                     "scales_dtype"_a, "bias"_a, "bias_dtype"_a, "N"_a, "group_size"_a, "out"_a, "out_dtype"_a);
@@ -187,6 +215,7 @@ void define_cuda(nb::module_ module) {
                                      const cuda::Launch& launch) { cuda::w4a8_accumulate(a.product, a.sums, launch); }),
               accumulate_names);
     define_op("w4a8_linear", on_cuda(linear, cuda::w4a8_linear), linear_names);
+    define_op("w4a8_linear_heads", on_cuda(linear_heads, cuda::w4a8_linear_heads), linear_heads_names);
     define_op("w4a16_linear", on_cuda(awq_linear, cuda::w4a16_linear), awq_names);
 }
 #endif

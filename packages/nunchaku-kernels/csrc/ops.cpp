@@ -76,6 +76,20 @@ void validate(const LinearArguments& a) {
     if (a.rank && a.proj_up.data) require_pointer(a.lora_act, "lora_act");
 }
 
+void validate(const HeadArguments& a) {
+    validate(a.linear);
+    const int64_t tokens = a.linear.product.tokens;
+    require(a.heads > 0 && a.linear.out_features == 3 * 128 * a.heads, "heads", "out_features / 384", a.heads);
+    require(a.samples > 0 && tokens % a.samples == 0, "samples", "a divisor of M", a.samples);
+    require(a.first_token >= 0 && a.first_token + tokens / a.samples <= a.out_tokens, "out_tokens",
+            "room for first_token and the tokens of a sample", a.out_tokens);
+    require_dtype(a.norm_q.dtype, "norm_q_dtype");
+    require_dtype(a.norm_k.dtype, "norm_k_dtype");
+    require(!a.norm_q.data == !a.norm_k.data, "norm_k", "a weight, like norm_q, or neither", !!a.norm_k.data);
+    require(!a.linear.activation && !a.linear.gate.data && !a.linear.residual.data, "activation",
+            "none, and no gate or residual", a.linear.activation);
+}
+
 void validate(const AwqArguments& a) {
     require_dtype(a.x.dtype, "x_dtype");
     require_dtype(a.scales_dtype, "scales_dtype");

@@ -31,9 +31,9 @@ struct QuantizeArguments {
     float shift;
     FloatTensor proj_down;  // [Kp, rank] published order, or absent
     int64_t rank;
-    int8_t* codes;    // [tokens, Kp]
-    float* ascales;   // [tokens]
-    float* lora_act;  // [tokens, rank]
+    int8_t* codes;   // [tokens, Kp]
+    float* ascales;  // [tokens]
+    void* lora_act;  // [tokens, rank]: fp32 on the CPU, the dtype of proj_down on CUDA
 };
 
 // layer_norm(x) * (1 + scale) + shift, rounded to the dtype of x, which scale and shift [rows, channels] have too.
@@ -59,7 +59,7 @@ struct LinearArguments {
     ProductArguments product;
     const float* ascales;     // [tokens]
     const float* row_scales;  // [Np]
-    const float* lora_act;    // [tokens, rank]
+    const void* lora_act;     // [tokens, rank]: fp32 on the CPU, the dtype of proj_up on CUDA
     int64_t rank;
     FloatTensor proj_up;      // [Np, rank] published order, or absent
     const float* rank_scale;  // [rank] or null
@@ -72,6 +72,18 @@ struct LinearArguments {
     FloatTensor residual;  // [tokens, out_features], or absent
     void* out;             // [tokens, out_features]
     int out_dtype;
+};
+
+// A fused projection to q, k and v of heads of 128 channels. The heads of q and k are normalised (RMS, with the weights
+// norm_q and norm_k [128], or neither) and rotated in pairs of neighbouring channels. Sample s, token t of it, head h
+// of q, k or v (part 0, 1 or 2) goes to out [3, samples, heads, out_tokens, 128] at [part, s, h, first_token + t].
+struct HeadArguments {
+    LinearArguments linear;  // without activation, gate and residual
+    int64_t samples, heads;  // samples divide tokens; out_features = 3 * 128 * heads
+    FloatTensor norm_q, norm_k;
+    float eps;
+    const float* rotary;  // [tokens / samples, 64, 2]: cosines and sines; or null
+    int64_t first_token, out_tokens;
 };
 
 struct AwqArguments {
@@ -93,6 +105,7 @@ void validate(const QuantizeArguments& arguments);
 void validate(const QuantizeNormArguments& arguments);
 void validate(const ProductArguments& product);
 void validate(const LinearArguments& arguments);  // with its product
+void validate(const HeadArguments& arguments);    // with its linear
 void validate(const AwqArguments& arguments);
 
 }  // namespace nk

@@ -53,6 +53,13 @@ def every_call(
             calls["w4a8_quantize"] = ((x, smooth, 0.25, down), {})
             folded, q = OPS.w4a8_fold_scales(p["qweight"], p["wscales"]), OPS.w4a8_quantize(x, smooth, 0.25, down)
             calls["w4a8_linear"] = ((*q, p["qweight"], *folded, *low_rank), tail)
+            heads = pack_svdq(random_weights(384, 256, rank=rank, factors=True))
+            branch = (heads["proj_up"], torch.linspace(0, 1, rank), heads["wcscales"], heads["bias"])
+            norms, rotary = (randn(128, dtype=dtype, seed=5), randn(128, dtype=dtype, seed=6)), randn(tokens, 64, 2)
+            calls["w4a8_linear_heads"] = (
+                (*q, heads["qweight"], *OPS.w4a8_fold_scales(heads["qweight"], heads["wscales"]), *branch, *norms,
+                 1e-6, rotary.float(), torch.zeros(3, 1, 1, tokens + 3, 128, dtype=dtype), 2), {},
+            )  # fmt: skip
             modulation = (randn(2, 250, dtype=dtype, seed=3), randn(2, 250, dtype=dtype, seed=4))
             calls["w4a8_quantize_norm"] = ((x, *modulation, 1e-6, smooth, down), {})
             calls["w4a4_quantize"] = ((x, smooth, 0.25, down, False), {})
@@ -75,6 +82,10 @@ def bare(calls: dict[str, Call]) -> dict[str, Call]:
             reduced[name] = ((randn(6, 256), randn(1, 256), randn(1, 256), 1e-6, None, None), {})
         elif name.endswith("_quantize"):
             reduced[name] = ((randn(6, 256, dtype=torch.float32), None, 0.0, None), {})
+        elif name == "w4a8_linear_heads":
+            out = torch.zeros(3, 2, 1, 3, 128)
+            head = (*arguments[:2], torch.empty(6, 0), *arguments[3:6])
+            reduced[name] = ((*head, None, None, None, None, None, None, 1e-6, None, out, 0), {})
         elif "out_features" in keywords:
             shape = {"out_features": keywords["out_features"], "out_dtype": torch.float32}
             head = list(arguments[:-4])
@@ -248,7 +259,54 @@ def test_random_arguments_never_crash(
         assert "Expected a value of type" in str(error)
         assert name in str(error)
     else:
-        assert all(tensor.layout == torch.strided for tensor in outputs(result))
+        assert result is None or all(tensor.layout == torch.strided for tensor in outputs(result))
+
+
+@given(
+    samples=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    heads=st.integers(1, 3),
+    before=st.integers(0, 4),
+    after=st.integers(0, 4),
+    normed=st.booleans(),
+    rotated=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_linear_heads_are_the_linear_split(
+    random_weights: RandomWeights,
+    samples: int,
+    tokens: int,
+    heads: int,
+    before: int,
+    after: int,
+    normed: bool,
+    rotated: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Against the formulas in fp64, token by token; what lies beside the tokens stays as it was."""
+    n = 384 * heads
+    p = pack_svdq(random_weights(n, 128))
+    q = OPS.w4a8_quantize(randn(samples * tokens, 128), p["smooth_factor"], 0.0, p["proj_down"])
+    weight = (*q, p["qweight"], *OPS.w4a8_fold_scales(p["qweight"], p["wscales"]), p["proj_up"], None, None, p["bias"])
+    norms = [randn(128, seed=seed).float() if normed else None for seed in (1, 2)]
+    angles = randn(tokens, 64, seed=3).double()
+    rotary = torch.stack((angles.cos(), angles.sin()), -1).float() if rotated else None
+    out = torch.full((3, samples, heads, before + tokens + after, 128), 7.0, dtype=dtype)
+    OPS.w4a8_linear_heads(*weight, *norms, 1e-6, rotary, out, before)
+    y = OPS.w4a8_linear(*weight, out_features=n, out_dtype=dtype).double().view(samples, tokens, 3, heads, 128)
+    for part, norm in enumerate([*norms, None]):
+        expected = y[:, :, part]
+        if norm is not None:
+            expected = expected / (expected.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
+        if rotated and part < 2:
+            turned = torch.view_as_complex(expected.unflatten(-1, (64, 2)).contiguous())
+            turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None]
+            expected = torch.view_as_real(turned).flatten(-2)
+        given = out[part, :, :, before : before + tokens].transpose(1, 2).double()
+        torch.testing.assert_close(given, expected, rtol=ROUNDING[dtype], atol=2e-6 * float(expected.abs().max()))
+    assert (out[:, :, :, :before] == 7).all()
+    assert (out[:, :, :, before + tokens :] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -131,7 +131,7 @@ private:
 
     // lora_act * rank_scale of the given tokens.
     const float* ranked(size_t m0, size_t tokens) {
-        const float* activations = a_.lora_act + m0 * rank_;
+        const float* activations = static_cast<const float*>(a_.lora_act) + m0 * rank_;
         if (!a_.rank_scale) return activations;
         for (size_t i = 0; i < tokens * rank_; ++i) scaled_[i] = activations[i] * a_.rank_scale[i % rank_];
         return scaled_.get();

@@ -53,7 +53,7 @@ void w4a8_quantize(const QuantizeArguments& a, int64_t threads, const std::strin
             }
             if (rank)
                 kernels.matmul(x.get(), channels, count, down.get(), rank, channels, rank, false,
-                               a.lora_act + begin * rank, rank);
+                               static_cast<float*>(a.lora_act) + begin * rank, rank);
         }
     });
 }

@@ -104,6 +104,16 @@ void w4a8_linear(const LinearArguments& arguments, const Launch& launch) {
         sm80::w4a8_linear(arguments, launch.stream);
 }
 
+bool w4a8_linear_heads(const HeadArguments& arguments, const Launch& launch) {
+    validate(arguments);
+    const std::string isa = select(launch);
+    const DeviceGuard guard(launch.device);
+    if (!arguments.linear.product.tokens) return true;
+    if (isa != "sm90" || !sm90::serves(arguments)) return false;
+    sm90::w4a8_linear_heads(arguments, launch.stream);
+    return true;
+}
+
 void w4a16_linear(const AwqArguments& arguments, const Launch& launch) {
     validate(arguments);
     select(launch);

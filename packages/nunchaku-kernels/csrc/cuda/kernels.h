@@ -84,8 +84,10 @@ bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, cudaStream_t str
 // Whether the kernels below take these arguments; the others are for sm80.
 bool serves(const ProductArguments& product);
 bool serves(const LinearArguments& arguments);
+bool serves(const HeadArguments& arguments);
 
 void w4a8_linear(const LinearArguments& arguments, cudaStream_t stream);
+void w4a8_linear_heads(const HeadArguments& arguments, cudaStream_t stream);
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream);
 
 }  // namespace sm90

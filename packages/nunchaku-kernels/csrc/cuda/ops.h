@@ -29,6 +29,8 @@ void w4a8_quantize(const QuantizeArguments& arguments, const Launch& launch);
 bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, const Launch& launch);
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, const Launch& launch);
 void w4a8_linear(const LinearArguments& arguments, const Launch& launch);
+// Like w4a8_quantize_norm.
+bool w4a8_linear_heads(const HeadArguments& arguments, const Launch& launch);
 void w4a16_linear(const AwqArguments& arguments, const Launch& launch);
 
 }  // namespace nk::cuda

@@ -47,6 +47,12 @@ NK_FUNCTION size_t w4a8_code_position(size_t k) {
     return k / 64 * 64 + half * 32 + nibble_rank / 4 * 16 + quad * 4 + nibble_rank % 4;
 }
 
+// Where the W4A8 multiplier of (n, g) lies on CUDA: those of 128 channels and one group together, the two channels of
+// a strip whose weights the same lane holds side by side.
+NK_FUNCTION size_t w4a8_multiplier_position(size_t n, size_t g, size_t groups) {
+    return (n / 128 * groups + g) * 128 + n % 128 / 16 * 16 + n % 8 * 2 + n % 16 / 8;
+}
+
 // Section 6. Index of the 16-bit word of 4-bit weight (n, k) in the AWQ order, and the nibble inside that word.
 NK_FUNCTION size_t awq_word(size_t n, size_t k, size_t in_features) {
     return (n / 4 * (in_features / 64) + k / 64) * 64 + n % 4 * 16 + k % 64 / 32 * 8 + k % 8;

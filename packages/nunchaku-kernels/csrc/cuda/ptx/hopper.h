@@ -64,10 +64,19 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t destination, cons
         : "memory");
 }
 
-// Writes a box; what lies outside of the matrix is dropped.
-__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t source, int column, int row) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
-                 "r"(row), "r"(source)
+__device__ __forceinline__ void tensor_load(uint32_t destination, const CUtensorMap* map, int column, int row,
+                                            uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            destination),
+        "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// Writes a box of a plane; what lies outside of it is dropped.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t source, int column, int row, int plane) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map),
+                 "r"(column), "r"(row), "r"(plane), "r"(source)
                  : "memory");
 }
 

@@ -33,6 +33,12 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address, bool valid) {
     return v;
 }
 
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
 __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
@@ -44,8 +50,6 @@ __device__ __forceinline__ float2 load_shared_floats(uint32_t address) {
     return v;
 }
 
-__device__ __forceinline__ void store_shared_float(uint32_t address, float value) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
+__device__ __forceinline__ float load_shared_float(uint32_t address) { return __uint_as_float(load_shared_4(address)); }
 
 }  // namespace nk::cuda::ptx

@@ -14,6 +14,7 @@
 #include "../ptx/arithmetic.h"
 #include "../ptx/async_copy.h"
 #include "../ptx/mma.h"
+#include "../tail.cuh"
 
 namespace nk::cuda::quantize {
 
@@ -35,7 +36,8 @@ struct Parameters {
     int rank;
     int8_t* codes;
     float* ascales;
-    float* lora_act;
+    void* lora_act;
+    DType lora_dtype;
     int slots;               // of each warp
     bool partials_separate;  // low-rank sums do not go where x was, because further sweeps need it
     int tile_tokens;         // of quantize_resident, whose `slots` are those of a CTA
@@ -60,6 +62,7 @@ inline Parameters parameters(const QuantizeArguments& a) {
     p.proj_down = static_cast<const uint4*>(a.proj_down.data);
     p.rank = static_cast<int>(a.rank);
     p.codes = a.codes, p.ascales = a.ascales, p.lora_act = a.lora_act;
+    p.lora_dtype = static_cast<DType>(a.proj_down.dtype);
     return p;
 }
 
@@ -271,6 +274,11 @@ __device__ __forceinline__ void wait_until_pending(int allowed) {
     }
 }
 
+// A low-rank sum, in the dtype in which the product will multiply it.
+__device__ __forceinline__ void store_sum(const Parameters& p, int64_t token, int rank, float sum) {
+    store_1(p.lora_act, p.lora_dtype, static_cast<size_t>(token * p.rank + rank), sum);
+}
+
 // A team's fp32 sums of kRankTiles tiles, added over its warps in a fixed order, to lora_act. `partials` are those of
 // this CTA's first warp, as accumulators of mma lanes; those of the next one are `stride` bytes on.
 template <int kTokens, class Team>
@@ -289,9 +297,9 @@ __device__ void add_partials(const Parameters& p, const char* partials, int stri
         }
     }
     const int64_t token = first_token + index / 32 / kRankTiles * 8 + lane % 4 * 2;
-    float* out = p.lora_act + token * p.rank + tile * 16 + lane / 4;
-    if (token < p.tokens) out[0] = sum.x, out[8] = sum.z;
-    if (token + 1 < p.tokens) out[p.rank] = sum.y, out[p.rank + 8] = sum.w;
+    const int rank = tile * 16 + lane / 4;
+    if (token < p.tokens) store_sum(p, token, rank, sum.x), store_sum(p, token, rank + 8, sum.z);
+    if (token + 1 < p.tokens) store_sum(p, token + 1, rank, sum.y), store_sum(p, token + 1, rank + 8, sum.w);
 }
 
 }  // namespace nk::cuda::quantize

@@ -277,8 +277,8 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
             const int row = index / 32 / kBlocks * 8 + index % 32 / 4;
             const int column = index / 32 % kBlocks * 8 + index % 4 * 2;
             if (row >= rows || first_token + row >= p.tokens || column >= p.rank) return;
-            float* out = p.lora_act + (first_token + row) * p.rank + column;
-            out[0] = x, out[1] = y;
+            store_sum(p, first_token + row, column, x);
+            store_sum(p, first_token + row, column + 1, y);
         };
         for (int index = threadIdx.x; index < kFloats2; index += kCtaWarps * 32) {
             float2 sum{};

@@ -428,9 +428,8 @@ __global__ void __launch_bounds__(kWarps * 32, stream_ctas_per_processor(kWarps,
             }
             const int pair = cta * share + index, of_lane = pair / 2 % 32;
             const int rank = pair / 64 * 16 + pair % 2 * 8 + of_lane / 4, of_token = of_lane % 4 * 2;
-            float* out_sum = p.lora_act + (tile.first + of_token) * p.rank + rank;
-            if (rank < p.rank && of_token < tile.tokens) out_sum[0] = sum.x;
-            if (rank < p.rank && of_token + 1 < tile.tokens) out_sum[p.rank] = sum.y;
+            if (rank < p.rank && of_token < tile.tokens) store_sum(p, tile.first + of_token, rank, sum.x);
+            if (rank < p.rank && of_token + 1 < tile.tokens) store_sum(p, tile.first + of_token + 1, rank, sum.y);
         }
     };
 

@@ -39,7 +39,7 @@ __global__ void fold_scales(const uint8_t* qweight, const void* wscales, DType d
     const double row_scale = w4a8_row_scale(row_maximum);
     if (lane == 0) row_scales[n] = static_cast<float>(row_scale);
     for (size_t g = lane; g < groups; g += 32)
-        multipliers[n * groups + g] =
+        multipliers[w4a8_multiplier_position(n, g, groups)] =
             largest_code(qweight, n, g, padded_k) ? w4a8_group_multiplier(scale(g), row_scale) : int16_t{0};
 }
 

@@ -34,8 +34,8 @@ struct Arguments {
     const int16_t* multipliers;
     int tokens, padded_n, padded_k;
     int32_t* sums;  // if given, the bare product goes there, and nothing below is read
-    const float *ascales, *row_scales, *lora_act, *rank_scale;
-    const void *proj_up, *wcscales, *bias;
+    const float *ascales, *row_scales, *rank_scale;
+    const void *lora_act, *proj_up, *wcscales, *bias;  // lora_act has the dtype of proj_up
     DType up_dtype, wcscales_dtype, bias_dtype;
     int rank;
     Tail tail;
@@ -61,19 +61,17 @@ struct Codes {
     uint4 strips[kStrips];
 };
 struct Multipliers {
-    uint32_t rows[kStrips][2];  // channels lane / 4 and lane / 4 + 8 of a strip; one group in each half
+    uint32_t strips[kStrips][2];  // of the two groups: channels lane / 4 and, in the upper half, lane / 4 + 8
 };
 
 // Where a lane finds them: strips of 16 channels lie 512 bytes apart and groups of 64 inputs 4096 bytes.
 struct WeightSource {
     const uint8_t* qweight;
     const int16_t* multipliers;
-    int groups;
 
     __device__ __forceinline__ WeightSource(const Arguments& a, int channel, int lane)
         : qweight(a.qweight + qweight_strip_offset(channel, 0, a.padded_k) + 16 * lane),
-          multipliers(a.multipliers + static_cast<size_t>(channel + lane / 4) * (a.padded_k / kGroup)),
-          groups(a.padded_k / kGroup) {}
+          multipliers(a.multipliers + w4a8_multiplier_position(channel + lane / 4, 0, a.padded_k / kGroup)) {}
 
     __device__ __forceinline__ Codes codes(int group) const {
         const uint8_t* source = qweight + static_cast<size_t>(group) * (kChannelBlock * kGroup / 2);
@@ -85,13 +83,14 @@ struct WeightSource {
     }
 
     __device__ __forceinline__ Multipliers chunk_multipliers(int chunk) const {
-        const int16_t* row = multipliers + 2 * chunk;
+        const int16_t* source = multipliers + static_cast<size_t>(2 * chunk) * kChannelBlock;
         Multipliers result;
 #pragma unroll
         for (int s = 0; s < kStrips; ++s)
 #pragma unroll
-            for (int i = 0; i < 2; ++i, row += 8 * groups)
-                result.rows[s][i] = __ldg(reinterpret_cast<const uint32_t*>(row));
+            for (int group = 0; group < 2; ++group)
+                result.strips[s][group] =
+                    __ldg(reinterpret_cast<const uint32_t*>(source + group * kChannelBlock + s * kStrip));
         return result;
     }
 };
@@ -123,7 +122,7 @@ __device__ __forceinline__ void decode_word(const Codes& codes, const Multiplier
                                             int s, int w, Operands& to) {
     const uint4 words = codes.strips[s];
     const uint32_t word = w == 0 ? words.x : w == 1 ? words.y : w == 2 ? words.z : words.w;
-    const GroupMultiplier multiplier(multipliers.rows[s][w / 2] >> 16 * half & 0xffff, mask);
+    const GroupMultiplier multiplier(multipliers.strips[s][half] >> 16 * (w / 2) & 0xffff, mask);
     decode(word, multiplier, to.strips[s][w % 2][w / 2], to.strips[s][w % 2][2 + w / 2]);
 }
 
@@ -173,8 +172,9 @@ __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t* hidde
             const int token = i / (kRankBlock / 2), r = i % (kRankBlock / 2) * 2;
             float2 value{};
             if (r < ranks && first_token + token < a.tokens) {
-                value = __ldg(reinterpret_cast<const float2*>(
-                    a.lora_act + static_cast<size_t>(first_token + token) * a.rank + first + r));
+                const size_t pair = (static_cast<size_t>(first_token + token) * a.rank + first + r) / 2;
+                value = unpack_half(__ldg(static_cast<const uint32_t*>(a.lora_act) + pair),
+                                    is_bf16 ? DType::bf16 : DType::f16);
                 if (a.rank_scale) value.x *= a.rank_scale[first + r], value.y *= a.rank_scale[first + r + 1];
             }
             hidden[token * kPitch + r / 2] = is_bf16 ? pack_bf16(value.x, value.y) : pack_f16(value.x, value.y);

@@ -23,19 +23,30 @@ inline Encode find_encode() {
     return reinterpret_cast<Encode>(function);
 }
 
-// A matrix of `rows` x `columns` elements in boxes of `box_rows` rows of 128 bytes, which arrive in the
-// 128-byte swizzle.
-inline CUtensorMap make_tensor_map(const void* data, CUtensorMapDataType type, int element_bytes, int64_t rows,
-                                   int64_t columns, int box_rows) {
+// Row-major matrices, one or several `plane_bytes` apart. A map of them has three dimensions; without planes, two.
+struct Planes {
+    const void* data;
+    int64_t rows, columns;
+    int64_t planes, plane_bytes;
+};
+
+// Boxes are `box_rows` rows of 128 or 64 bytes of one plane, which arrive in the swizzle of that width.
+inline CUtensorMap make_tensor_map(CUtensorMapDataType type, int element_bytes, const Planes& of, int box_row_bytes,
+                                   int box_rows) {
     static const Encode encode = find_encode();
     CUtensorMap map{};
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * element_bytes};
-    const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / element_bytes), static_cast<cuuint32_t>(box_rows)};
-    const cuuint32_t steps[2] = {1, 1};
-    const CUresult result =
-        encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const cuuint64_t row_bytes = static_cast<cuuint64_t>(of.columns) * element_bytes;
+    const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(of.columns), static_cast<cuuint64_t>(of.rows),
+                                 static_cast<cuuint64_t>(of.planes)};
+    const cuuint64_t strides[2] = {row_bytes, of.plane_bytes ? static_cast<cuuint64_t>(of.plane_bytes)
+                                                             : row_bytes * static_cast<cuuint64_t>(of.rows)};
+    const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_row_bytes / element_bytes),
+                               static_cast<cuuint32_t>(box_rows), 1};
+    const cuuint32_t steps[3] = {1, 1, 1};
+    const CUresult result = encode(&map, type, of.planes ? 3 : 2, const_cast<void*>(of.data), sizes, strides, box,
+                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                   box_row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
         throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
     return map;

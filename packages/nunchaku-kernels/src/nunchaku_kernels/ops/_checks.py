@@ -161,7 +161,7 @@ def check_tail(
     if out_dtype not in FLOATS:
         raise TypeError(f"{op}: `out_dtype` must be float32, float16 or bfloat16, got {out_dtype}")
     check_choice(op, "activation", activation, ACTIVATIONS)
-    check_tensor(op, "lora_act", lora_act, dtypes=FP32, shape=(rows, None), device=device)
+    check_tensor(op, "lora_act", lora_act, dtypes=FLOATS, shape=(rows, None), device=device)
     rank = lora_act.shape[1]
     if rank % 16 or (rank and proj_up is None):
         raise ValueError(

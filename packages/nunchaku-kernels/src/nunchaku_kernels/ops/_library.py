@@ -2,11 +2,12 @@
 
 Tensors are in the PUBLISHED order (`formats/`) unless a schema's comment says "natural" (row-major, readable).
 M tokens; N and K padded to multiples of 128; R the rank of the low-rank branch; G scale groups along K; T one of
-float32, float16, bfloat16. A backend may permute k inside a 64-group of `codes`: they are opaque between a
-`*_quantize` and the `*_linear` of the same arithmetic.
+float32, float16, bfloat16. A backend may permute k inside a 64-group of `codes`, and multipliers inside 128 rows: they
+are opaque between the operators of the same arithmetic.
 
 Quantise: x (M, K' <= K) T natural, smooth (K) T, shift in units of x, proj_down (K, R) T
     -> codes (M, K) int8, ascales, lora_act (M, R) float32 natural, from the raw x (not shifted, not smoothed).
+       w4a8 on CUDA: lora_act in the dtype of a 16-bit proj_down, in which tensor cores multiply it.
        w4a8: ascales (M) float32.  w4a4: ascales (M, K/64) dtype of x.  nvfp4: ascales (M, K/16) float8_e4m3fn.
 Linear: y = act(wcscales * (codes x weights) + bias + (lora_act * rank_scale) @ proj_up^T); out = residual + gate * y
     proj_up (N, R) T, rank_scale (R) float32 natural, wcscales (N) T, bias (N) T, gate (B, out_features) T natural with
@@ -37,6 +38,12 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor)",
     "w4a8_linear": "(Tensor codes, Tensor ascales, Tensor lora_act, Tensor qweight, Tensor row_scales, "
     "Tensor group_multipliers, " + _TAIL,
+    # of a fused q, k and v projection with heads of 128 channels: `reference.heads.split_heads` of the bias and low-rank
+    # product, rounded to the dtype of out. out (3, B, H, T, 128) natural takes the tokens of B samples from
+    # first_token on and is not touched elsewhere; norm_q and norm_k (128) T, rotary (M / B, 64, 2) float32, natural
+    "w4a8_linear_heads": "(Tensor codes, Tensor ascales, Tensor lora_act, Tensor qweight, Tensor row_scales, "
+    "Tensor group_multipliers, Tensor? proj_up, Tensor? rank_scale, Tensor? wcscales, Tensor? bias, Tensor? norm_q, "
+    "Tensor? norm_k, float eps, Tensor? rotary, Tensor(a!) out, int first_token) -> ()",
     # unsigned: codes 0..15, for inputs that the shift made non-negative
     "w4a4_quantize": _QUANTIZE.format(extra=", bool unsigned=False"),
     "w4a4_linear": "(Tensor codes, Tensor ascales, Tensor lora_act, Tensor qweight, Tensor wscales, " + _TAIL,

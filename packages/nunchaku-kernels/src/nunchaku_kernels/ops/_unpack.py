@@ -46,7 +46,7 @@ def reference_epilogue(
         accumulator[:, :out_features],
         wcscales=None if wcscales is None else unpack_vector(wcscales)[:out_features],
         bias=None if bias is None else unpack_vector(bias)[:out_features],
-        lora_act=None if proj_up is None else lora_act,
+        lora_act=None if proj_up is None else lora_act.float(),
         proj_up=None if proj_up is None else unpack_lowrank_up(proj_up)[:out_features],
         rank_scale=rank_scale,
         activation=activation,  # type: ignore[arg-type]  # checked by the operator
