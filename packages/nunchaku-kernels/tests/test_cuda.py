@@ -370,7 +370,8 @@ def test_quantize_norm_as_flux_has_it(isa: str, tokens: int, rows: int, dtype: t
         expected = OPS.w4a8_quantize(modulated, smooth, 0.0, down)
     assert (codes != expected[0]).float().mean() < 1e-2
     torch.testing.assert_close(ascales, expected[1], rtol=MODULATED[dtype], atol=0)
-    torch.testing.assert_close(hidden, expected[2], rtol=2e-3, atol=2e-3 * float(hidden.abs().max()))
+    rtol = 2e-3 + 2 * FACTOR_ROUNDING[dtype]
+    torch.testing.assert_close(hidden, expected[2], rtol=rtol, atol=2e-3 * float(hidden.abs().max()))
 
 
 @isas

@@ -6,11 +6,11 @@ sizes, codes or instruction sets they cannot serve.
 
 Where CUDA kernels were built there is a submodule `cuda` with the same functions; instead of `threads` they take a
 `device` and the address of a `stream`, on which they launch without waiting, and raise RuntimeError for errors of the
-CUDA runtime. Its `isas(device)` names the kernel sets that run on a device. It has two functions more:
-`w4a8_quantize_norm`, which takes what `w4a8_quantize` does without `shift`, and behind `Kp` the addresses `scale` and
-`shift` of [rows, K] tensors of the dtype of x, `rows` and `eps`; and `w4a8_linear_heads`, which takes what `w4a8_linear`
-does up to `Kp`, then `samples`, `heads`, `norm_q`, `norm_k` and their dtypes, `eps`, `rotary`, `first_token`,
-`out_tokens`, `out` and its dtype. Both return whether a kernel takes these arguments.
+CUDA runtime. Its `isas(device)` names the kernel sets that run on a device. Two more of its functions return whether a
+kernel takes their arguments: `w4a8_quantize_norm` has those of `w4a8_quantize` without `shift`, and behind `Kp` the
+addresses `scale` and `shift` of [rows, K] tensors of the dtype of x, `rows` and `eps`; `w4a8_linear_heads` has those of
+`w4a8_linear` up to `Kp`, then `samples`, `heads`, `norm_q`, `norm_k` and their dtypes, `eps`, `rotary`, `first_token`,
+`out_tokens`, `out` and its dtype.
 """
 
 from types import ModuleType

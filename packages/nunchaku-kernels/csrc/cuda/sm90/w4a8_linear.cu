@@ -778,7 +778,8 @@ bool serves(const ProductArguments& product) { return fits(product) && product.t
 bool serves(const LinearArguments& a) {
     const bool half_output = a.out_dtype != static_cast<int>(DType::f32);
     const bool half_branch = !a.proj_up.data || !a.rank || a.proj_up.dtype != static_cast<int>(DType::f32);
-    return serves(a.product) && half_output && half_branch && a.out_features % 8 == 0 && aligned(a.out) &&
+    return serves(a.product) && half_output && half_branch && a.rank <= kMaxRank && a.out_features % 8 == 0 &&
+           aligned(a.out) && aligned(a.lora_act) &&
            (!a.residual.data || (a.residual.dtype == a.out_dtype && aligned(a.residual.data))) &&
            (!a.gate.data || a.gate_rows == 1 || a.product.tokens / a.gate_rows >= 256);
 }

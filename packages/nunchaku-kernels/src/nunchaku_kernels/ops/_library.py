@@ -38,8 +38,8 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor)",
     "w4a8_linear": "(Tensor codes, Tensor ascales, Tensor lora_act, Tensor qweight, Tensor row_scales, "
     "Tensor group_multipliers, " + _TAIL,
-    # of a fused q, k and v projection with heads of 128 channels: `reference.heads.split_heads` of the bias and low-rank
-    # product, rounded to the dtype of out. out (3, B, H, T, 128) natural takes the tokens of B samples from
+    # of a fused q, k and v projection with heads of 128 channels: `reference.heads.split_heads` of the linear's result
+    # in the dtype of out. out (3, B, H, T, 128) natural takes the tokens of B samples from
     # first_token on and is not touched elsewhere; norm_q and norm_k (128) T, rotary (M / B, 64, 2) float32, natural
     "w4a8_linear_heads": "(Tensor codes, Tensor ascales, Tensor lora_act, Tensor qweight, Tensor row_scales, "
     "Tensor group_multipliers, Tensor? proj_up, Tensor? rank_scale, Tensor? wcscales, Tensor? bias, Tensor? norm_q, "
