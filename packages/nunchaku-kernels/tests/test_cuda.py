@@ -39,6 +39,8 @@ FACTOR_ROUNDING = {torch.float32: 2**-18, torch.float16: 2**-11, torch.bfloat16:
 SMALLEST = {torch.float32: 1e-30, torch.float16: 2.0**-25, torch.bfloat16: 1e-30}
 """What rounding to a dtype may lose of a number below its smallest normal one."""
 FINITE = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
+WEIGHT_ROUNDING = {torch.float32: 2**-23, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+"""Of a W4A16 weight by the definition; a kernel may also leave weights exact."""
 SHIFT = 0.171875
 GUARD, POISON = 4096, 0xFF
 """Bytes around an output, and the byte they are filled with: NaN in every float type."""
@@ -659,6 +661,12 @@ def test_linear_heads(
 # ---- W4A16 -----------------------------------------------------------------------------------------------------------
 
 
+def exact(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """fp64 weights, not rounded."""
+    grouped = codes.double().unflatten(1, (scales.shape[1], -1))
+    return (grouped * scales.double().unsqueeze(-1) + zeros.double().unsqueeze(-1)).flatten(1)
+
+
 @isas
 @given(
     seed=seeds,
@@ -695,9 +703,10 @@ def test_w4a16(
     packed = pack(codes), pack_awq_scales(scales, group_size), pack_awq_scales(zeros, group_size)
     with force(isa):
         y = guarded(OPS.w4a16_linear, x, *packed, bias, group_size)
-    weight = w4a16.dequantize(codes, scales, zeros).double()
+    weight = exact(codes, scales, zeros)
     expected = x.double() @ weight.t() + (0 if bias is None else bias.double())
-    bound = ROUNDING[dtype] * expected.abs() + 2**-16 * (x.double().abs() @ weight.abs().t()) + 1e-6
+    error = WEIGHT_ROUNDING[scales_dtype] + 2**-16
+    bound = ROUNDING[dtype] * expected.abs() + error * (x.double().abs() @ weight.abs().t()) + 1e-6
     assert ((y.double() - expected).abs() <= bound).all()
 
 
@@ -721,7 +730,15 @@ def test_w4a16_weights_are_rounded_like_the_definition(isa: str, tokens: int, dt
 @isas
 @pytest.mark.parametrize(
     ("tokens", "n", "k", "group_size"),
-    [(1, 18432, 3072, 64), (8, 9216, 3072, 64), (512, 10240, 4096, 128), (512, 4096, 10240, 128), (4608, 64, 3072, 64)],
+    [
+        (1, 18432, 3072, 64),
+        (8, 9216, 3072, 64),
+        (16, 10240, 4096, 128),
+        (77, 4096, 4096, 128),
+        (512, 10240, 4096, 128),
+        (512, 4096, 10240, 128),
+        (4608, 64, 3072, 64),
+    ],
 )
 def test_w4a16_of_large_layers(isa: str, tokens: int, n: int, k: int, group_size: int) -> None:
     draw = Draw(n)
@@ -732,8 +749,9 @@ def test_w4a16_of_large_layers(isa: str, tokens: int, n: int, k: int, group_size
     packed = pack_awq(codes), pack_awq_scales(scales, group_size), pack_awq_scales(zeros, group_size)
     with force(isa):
         y = guarded(OPS.w4a16_linear, x, *packed, None, group_size)
-    expected = x.double() @ w4a16.dequantize(codes, scales, zeros).double().t()
-    torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=1e-2)
+    expected = x.double() @ exact(codes, scales, zeros).t()
+    defined = (x.double() @ w4a16.dequantize(codes, scales, zeros).double().t()).bfloat16()
+    assert (y.double() - expected).norm() <= 1.01 * (defined.double() - expected).norm()
 
 
 # ---- any tensor anywhere in memory -----------------------------------------------------------------------------------
@@ -772,8 +790,11 @@ def test_tensors_at_odd_addresses(isa: str, out_features: int) -> None:
         return [*folded, *first, y, *modulated]
 
     with force(isa):
-        for one, other in zip(run(lambda tensor: tensor), run(shifted), strict=True):
-            assert torch.equal(one, other)
+        *same, many = zip(run(lambda tensor: tensor), run(shifted), strict=True)
+    for one, other in same:
+        assert torch.equal(one, other)
+    # W4A16 for many tokens at such an address is another kernel, which adds up in another order.
+    torch.testing.assert_close(*many, rtol=ROUNDING[torch.bfloat16], atol=0.05)
 
 
 @isas

@@ -116,9 +116,13 @@ bool w4a8_linear_heads(const HeadArguments& arguments, const Launch& launch) {
 
 void w4a16_linear(const AwqArguments& arguments, const Launch& launch) {
     validate(arguments);
-    select(launch);
+    const std::string isa = select(launch);
     const DeviceGuard guard(launch.device);
-    if (arguments.tokens) sm80::w4a16_linear(arguments, launch.stream);
+    if (!arguments.tokens) return;
+    if (isa == "sm90" && sm90::serves(arguments))
+        sm90::w4a16_linear(arguments, launch.stream);
+    else
+        sm80::w4a16_linear(arguments, launch.stream);
 }
 
 }  // namespace nk::cuda

@@ -34,30 +34,51 @@ inline void allow_shared_bytes(const void* kernel, size_t bytes, const char* nam
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
 }
 
-// Raises the limit of dynamic shared memory of `kernel` and launches it, in clusters of `cluster` CTAs (sm_90) if
-// given.
+// Raises the limit of dynamic shared memory of `kernel` and launches it, with `attribute` if that is given.
 template <class... Parameters, class... Arguments>
-void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                     cudaStream_t stream, const char* name, Arguments&&... arguments) {
+void launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                 size_t shared_bytes, cudaStream_t stream, const char* name, Arguments&&... arguments) {
     allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, name);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchAttribute attributes[1] = {attribute ? *attribute : cudaLaunchAttribute{}};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = attribute ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const char* name, Arguments&&... arguments) {
-    launch_clusters(1, kernel, grid, block, shared_bytes, stream, name, std::forward<Arguments>(arguments)...);
+    launch_with(nullptr, kernel, grid, block, shared_bytes, stream, name, std::forward<Arguments>(arguments)...);
+}
+
+// In clusters of `cluster` CTAs (sm_90).
+template <class... Parameters, class... Arguments>
+void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, const char* name, Arguments&&... arguments) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    launch_with(cluster > 1 ? &attribute : nullptr, kernel, grid, block, shared_bytes, stream, name,
+                std::forward<Arguments>(arguments)...);
+}
+
+// The kernel may start while the one before it ends, where the device can (sm_90) and that one allows it: what kernels
+// before it may have written is read, and anything is written, only behind ptx::wait_for_kernels_before.
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                  const char* name, Arguments&&... arguments) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    const bool possible = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+    launch_with(possible ? &attribute : nullptr, kernel, grid, block, shared_bytes, stream, name,
+                std::forward<Arguments>(arguments)...);
 }
 
 namespace sm80 {
@@ -68,7 +89,8 @@ void w4a8_linear(const LinearArguments& arguments, cudaStream_t stream);
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream);
 void w4a16_linear(const AwqArguments& arguments, cudaStream_t stream);
 
-// What w4a16_linear chooses from. The first two take tokens and scales of one 16-bit type, w4a16_gemv at most 8 tokens.
+// What w4a16_linear chooses from. The first two take tokens and scales of one 16-bit type, w4a16_gemv at most 16
+// tokens.
 void w4a16_gemv(const AwqArguments& arguments, cudaStream_t stream);
 void w4a16_gemm(const AwqArguments& arguments, cudaStream_t stream);
 void w4a16_fp32(const AwqArguments& arguments, cudaStream_t stream);
@@ -85,10 +107,12 @@ bool w4a8_quantize_norm(const QuantizeNormArguments& arguments, cudaStream_t str
 bool serves(const ProductArguments& product);
 bool serves(const LinearArguments& arguments);
 bool serves(const HeadArguments& arguments);
+bool serves(const AwqArguments& arguments);
 
 void w4a8_linear(const LinearArguments& arguments, cudaStream_t stream);
 void w4a8_linear_heads(const HeadArguments& arguments, cudaStream_t stream);
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream);
+void w4a16_linear(const AwqArguments& arguments, cudaStream_t stream);
 
 }  // namespace sm90
 }  // namespace nk::cuda

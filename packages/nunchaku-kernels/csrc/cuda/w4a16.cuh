@@ -61,14 +61,20 @@ inline W4a16 make_w4a16(const AwqArguments& a) {
 }
 
 constexpr int kChunkInputs = 128;
-constexpr int64_t kMaxInputs = int64_t{1} << 21;  // for W4a16::group_factor
+constexpr int kTokenBytes = 2 * kChunkInputs, kPieces = kTokenBytes / 16;  // of one token in one chunk
+constexpr int64_t kMaxInputs = int64_t{1} << 21;                           // for W4a16::group_factor
 
-__device__ __forceinline__ size_t group_of(const W4a16& p, int block) {
+__host__ __device__ __forceinline__ size_t group_of(const W4a16& p, int block) {
     return static_cast<uint64_t>(static_cast<uint32_t>(block)) * p.group_factor >> 31;
 }
 
+// Where a tile keeps 16-byte piece `piece` of a token: moved within the token so that the eight lanes which are served
+// together, pieces 4q + v of two tokens, meet different banks. The two low bits of `piece` only flip those of the
+// place.
+__device__ __forceinline__ int piece_place(int token, int piece) { return piece ^ piece / 8 ^ token % 2 * 2; }
+
 // The weights of one chunk and `strips` x 16 channels, as one warp keeps them in shared memory. No other warp reads
-// them; the codes not even another lane.
+// them. Four strips take a number of channels that is a multiple of eight.
 template <int strips>
 struct WarpWeights {
     static constexpr int kRows = 2 * strips;  // of eight channels
@@ -100,14 +106,15 @@ struct WarpWeights {
         }
     };
 
-    // Starts the copies; what lies outside of the matrix becomes a weight of zero.
+    // Starts the copies; what lies outside of the matrix becomes a weight of zero. The lane's codes of a row go to its
+    // `place`-th 16 bytes.
     __device__ static __forceinline__ void copy(const W4a16& p, const Source& source, int chunk, uint32_t target,
-                                                int lane) {
+                                                int lane, int place) {
         const bool inside = 2 * chunk + source.block < p.blocks;
         const uint16_t* codes = source.codes + static_cast<size_t>(chunk) * kChunkInputs;
 #pragma unroll
         for (int row = 0; row < kRows; ++row)
-            ptx::copy_16(target + (row * 32 + lane) * 16, codes + row * source.row_stride,
+            ptx::copy_16(target + (row * 32 + place) * 16, codes + row * source.row_stride,
                          inside && 8 * row < source.channels);
         const int block = 2 * chunk + source.scale_block;
         ptx::copy_few<4 * strips>(target + kCodeBytes + lane * 4 * strips,
@@ -115,7 +122,7 @@ struct WarpWeights {
                                   block < p.blocks && 0 < source.scale_channels);
     }
 
-    // After the copies have arrived, and a __syncwarp.
+    // After the copies have arrived, and a __syncwarp; places were lanes.
     __device__ __forceinline__ void load(const uint8_t* source, int lane) {
         const uint16_t* scale = reinterpret_cast<const uint16_t*>(source + kCodeBytes) + lane % 4 / 2 * kChannels;
 #pragma unroll
@@ -131,11 +138,17 @@ __device__ __forceinline__ uint32_t component(const uint4& words, int i) {
     return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
+// Two codes as the last bits of a power of two whose spacing is one: 128 or, in fp16, 1024 more than they are.
+template <bool is_bf16>
+__device__ __forceinline__ uint32_t raise_pair(uint32_t word, int nibble) {
+    return ptx::and_or(word >> 4 * nibble, 0x000f000fu, is_bf16 ? 0x43004300u : 0x64006400u);
+}
+
 // Two weights, rounded once as the definition has it: code * scale + zero as one fused operation in the scales' dtype.
-// The code becomes the last bits of a power of two whose spacing is one, and subtracting that power is exact.
+// Subtracting the power of two is exact.
 template <bool is_bf16>
 __device__ __forceinline__ uint32_t decode_pair(uint32_t word, int nibble, uint32_t scale, uint32_t zero) {
-    const uint32_t raised = ptx::and_or(word >> 4 * nibble, 0x000f000fu, is_bf16 ? 0x43004300u : 0x64006400u);
+    const uint32_t raised = raise_pair<is_bf16>(word, nibble);
     uint32_t result;
     if constexpr (is_bf16) {
         const uint32_t power = 0x43004300u;  // 128

@@ -13,10 +13,10 @@ __device__ __forceinline__ void copy_16(uint32_t destination, const void* source
                  : "memory");
 }
 
-// 4 or 8 bytes; zeros where `valid` is false, and then `source` is not read.
+// 4, 8 or 16 bytes through both caches; zeros where `valid` is false, and then `source` is not read.
 template <int bytes>
 __device__ __forceinline__ void copy_few(uint32_t destination, const void* source, bool valid) {
-    static_assert(bytes == 4 || bytes == 8);
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16);
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(bytes),
                  "r"(valid ? bytes : 0)
                  : "memory");

@@ -39,6 +39,12 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
     return v;
 }
 
+__device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+    return v;
+}
+
 __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");

@@ -1,6 +1,6 @@
-// W4A16 for more than eight tokens, on mma.sync. A warp owns 32 output channels and all tokens of its block's tile, so
-// that a weight is decoded once per block; where channels are few, warps share out the inputs as well and add up their
-// sums in a fixed order. While a warp multiplies one half of a chunk it decodes the next half.
+// W4A16 for more than sixteen tokens, on mma.sync. A warp owns 32 output channels and all tokens of its block's tile,
+// so that a weight is decoded once per block; where channels are few, warps share out the inputs as well and add up
+// their sums in a fixed order. While a warp multiplies one half of a chunk it decodes the next half.
 #include <algorithm>
 #include <array>
 #include <limits>
@@ -15,8 +15,7 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStages = 3;
 constexpr int kStrips = 2;
-constexpr int kTokenBytes = 2 * kChunkInputs, kPieces = kTokenBytes / 16;  // of one token in one chunk
-constexpr int kStagedTokens = 16;                                          // output tokens a warp turns at a time
+constexpr int kStagedTokens = 16;  // output tokens a warp turns at a time
 using Weights = WarpWeights<kStrips>;
 constexpr int kOutputPitch = Weights::kChannels + 4;  // floats: no bank conflicts
 constexpr int kTogether = 2;                          // token blocks between two products that depend on each other
@@ -35,11 +34,6 @@ struct Shape {
     static constexpr int kSharedBytes = std::max(kStages * kStageBytes, std::max(kReduceBytes, kOutputBytes));
     static_assert(tokens % kStagedTokens == 0 && kFragments % kTokenBlocks == 0);
 };
-
-// Where a tile keeps 16-byte piece `piece` of a token: moved within the token so that the eight lanes which are served
-// together, pieces 4q + v of two tokens, meet different banks. The two low bits of `piece` only flip those of the
-// place.
-__device__ __forceinline__ int piece_place(int token, int piece) { return piece ^ piece / 8 ^ token % 2 * 2; }
 
 // Where a thread finds the pieces that it copies: one of a token in every pass.
 constexpr int kTokensAtOnce = kThreads / kPieces;
@@ -181,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ W4a1
     const auto copy = [&](int step) {
         if (step < steps) {
             copy_tokens<S>(p, tokens, step, stage(step));
-            Weights::copy(p, source, step * S::kKWarps + k_warp, ptx::shared_address(weights_of(step)), lane);
+            Weights::copy(p, source, step * S::kKWarps + k_warp, ptx::shared_address(weights_of(step)), lane, lane);
         }
         ptx::commit_copies();
     };

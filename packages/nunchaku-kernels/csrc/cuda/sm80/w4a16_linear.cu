@@ -11,7 +11,7 @@ void w4a16_linear(const AwqArguments& a, cudaStream_t stream) {
                                     std::to_string(a.tokens) + ", " + std::to_string(a.out_features) + " and " +
                                     std::to_string(a.in_features));
     if (a.x.dtype != a.scales_dtype || static_cast<DType>(a.x.dtype) == DType::f32) return w4a16_fp32(a, stream);
-    if (a.tokens <= 8) return w4a16_gemv(a, stream);
+    if (a.tokens <= 16) return w4a16_gemv(a, stream);
     w4a16_gemm(a, stream);
 }
 

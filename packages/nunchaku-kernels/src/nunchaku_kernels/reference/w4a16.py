@@ -33,6 +33,8 @@ def linear(
 ) -> torch.Tensor:
     """`x @ dequantize(codes, scales, zeros).T + bias`, fp32 accumulation, one rounding to the dtype of x.
 
+    A kernel may leave weights exact instead: scale * sum(code * x) + zero * sum(x) of each group, in fp32.
+
     Args:
         x: [M, K].
         codes, scales, zeros: see `dequantize`.
