@@ -242,7 +242,7 @@ __device__ __forceinline__ void store(const W4a16& p, const CUtensorMap* out, co
     ptx::fence_async_proxy();
     ptx::sync_threads<128>(2 + consumer);
     if (threadIdx.x % 128 == 0) {
-        ptx::tensor_store(out, output, tile.channel + 64 * consumer, tile.token + tile.split * T::kOutputTokens);
+        ptx::tensor_store(out, output, tile.channel + 64 * consumer, tile.token + tile.split * T::kOutputTokens, 0);
         ptx::finish_reading_stores();
     }
 }
@@ -305,8 +305,8 @@ template <class T>
 void run(const W4a16& p, cudaStream_t stream) {
     const bool is_bf16 = p.x_dtype == DType::bf16;
     const CUtensorMapDataType type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    const auto half_floats = [&](const void* data, int64_t rows, int64_t columns, int box_rows) {
-        return make_tensor_map(data, type, 2, rows, columns, kRow, box_rows);
+    const auto half_floats = [&](const void* data, int64_t rows, int64_t columns, int box_rows, int64_t planes = 0) {
+        return make_tensor_map(type, 2, Planes{data, rows, columns, planes, 0}, kRow, box_rows);
     };
     const int64_t groups = static_cast<int64_t>(group_of(p, p.blocks - 1)) + 1;
     Maps maps;
@@ -314,7 +314,7 @@ void run(const W4a16& p, cudaStream_t stream) {
     maps.weights = half_floats(p.qweight, p.outputs / 4, p.inputs, kChannels / 4);  // words of 16 bits: only copied
     maps.scales = half_floats(p.scales, groups, p.outputs, 1);
     maps.zeros = half_floats(p.zeros, groups, p.outputs, 1);
-    maps.out = half_floats(p.out, p.tokens, p.outputs, T::kOutputTokens);
+    maps.out = half_floats(p.out, p.tokens, p.outputs, T::kOutputTokens, 1);  // tensor_store names a plane
     launch_clusters(T::kCluster, is_bf16 ? gemm<T, true> : gemm<T, false>, grid_of<T>(p), dim3(kThreads), T::kBytes,
                     stream, "w4a16_linear (sm90)", maps, p);
 }
