@@ -53,7 +53,8 @@ struct Arguments {
     const uint8_t* qweight;
     const int16_t* multipliers;
     int tokens, padded_n, padded_k, channel_pairs;
-    int wide_tokens;        // in wide tiles; the tokens behind are in narrow ones
+    int samples;            // equal shares of the tokens, which have tiles of their own
+    int wide_tokens;        // of a sample, in wide tiles; the tokens behind are in narrow ones
     int wide_tiles, tiles;  // counted in pairs of blocks; all, and those of them that are wide
     int32_t* sums;          // if given, the bare product goes there, and nothing below is read
     const float *ascales, *row_scales, *rank_scale;
@@ -138,7 +139,7 @@ struct Ring {
 
 // The tile of a block; tiles are counted in pairs of blocks. With an odd number of channel tiles the last one of a pair
 // does not exist: its block computes what `existing_channel` says, so that it can do its share of the copies, and its
-// outputs lie outside of the matrix.
+// outputs lie outside of the matrix. A tile has tokens of one sample; what lies behind them is not stored.
 struct Tile {
     int token, channel, existing_channel;
 
@@ -150,8 +151,9 @@ struct Tile {
         const int token_tiles = (is_wide ? a.wide_tiles : a.tiles - a.wide_tiles) / a.channel_pairs;
         const int band = index / (kBand * a.channel_pairs), first = band * kBand;
         const int height = min(kBand, token_tiles - first), place = index - first * a.channel_pairs;
-        token =
-            is_wide ? (first + place % height) * wide : a.wide_tokens + (first + place % height) * (wide - kNarrower);
+        const int of_sample = token_tiles / a.samples, token_tile = first + place % height;
+        token = token_tile / of_sample * (a.tokens / a.samples) +
+                (is_wide ? token_tile % of_sample * wide : a.wide_tokens + token_tile % of_sample * (wide - kNarrower));
         channel = (place / height * kPair + rank) * kChannels;
         existing_channel = min(channel, a.padded_n - kChannels);
     }
@@ -278,13 +280,10 @@ __device__ void load_ranks_and_store(const CUtensorMap* hidden, const CUtensorMa
                 ptx::tensor_store(out, source, tile.channel + 64 * c, tile.token, 0);
                 continue;
             }
-            // Planes are heads: of q, k, v, and of the samples in each. A tile can have tokens of several samples; of
-            // each the others lie outside.
-            const int head = tile.channel / kHeadChannels, samples = a.tokens / a.heads.tokens;
-            const int last = min(tile.token + tokens, a.tokens) - 1;
-            for (int sample = tile.token / a.heads.tokens; sample <= last / a.heads.tokens; ++sample)
-                ptx::tensor_store(out, source, 64 * c, tile.token - sample * a.heads.tokens,
-                                  (head / a.heads.count * samples + sample) * a.heads.count + head % a.heads.count);
+            // Planes are heads: of q, k and v, and of the samples in each of them.
+            const int head = tile.channel / kHeadChannels, sample = tile.token / a.heads.tokens;
+            ptx::tensor_store(out, source, 64 * c, tile.token - sample * a.heads.tokens,
+                              (head / a.heads.count * a.samples + sample) * a.heads.count + head % a.heads.count);
         }
         ptx::finish_reading_stores();
         ptx::arrive(barriers.output_empty());
@@ -686,7 +685,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_wait();
 }
 
-// How the tokens are cut into tiles.
+// How the tokens of a sample are cut into tiles.
 struct Tiling {
     int width;         // of a wide tile
     int wide, narrow;  // token tiles
@@ -696,8 +695,8 @@ template <int tokens>
 void run(Arguments a, const Tiling& tiling, const int8_t* codes, const void* lora_act, const Planes& out,
          int processors, cudaStream_t stream) {
     a.wide_tokens = tiling.wide * tokens;
-    a.wide_tiles = tiling.wide * a.channel_pairs;
-    a.tiles = (tiling.wide + tiling.narrow) * a.channel_pairs;
+    a.wide_tiles = a.samples * tiling.wide * a.channel_pairs;
+    a.tiles = a.samples * (tiling.wide + tiling.narrow) * a.channel_pairs;
     const auto map = [](CUtensorMapDataType type, int element_bytes, const Planes& planes, int row_bytes, int rows) {
         return make_tensor_map(type, element_bytes, planes, row_bytes, rows);
     };
@@ -717,16 +716,16 @@ void run(Arguments a, const Tiling& tiling, const int8_t* codes, const void* lor
 // tile as measured for widths 192 to 256: a chunk costs its decoding and half of its products, which hide the other
 // half.
 Tiling choose_tiling(const Arguments& a, int processors) {
-    const int pairs = processors / kPair;
+    const int pairs = processors / kPair, tokens = a.tokens / a.samples;
     Tiling best{};
     double least = 0;
     for (const int width : {256, 224, 192, 160, 128}) {
         const int narrow_width = width - kNarrower;
-        for (int tiles = (a.tokens + width - 1) / width;; ++tiles) {
-            const int64_t missing = a.tokens - int64_t{tiles} * narrow_width;  // with narrow ones only
+        for (int tiles = (tokens + width - 1) / width;; ++tiles) {
+            const int64_t missing = tokens - int64_t{tiles} * narrow_width;  // with narrow ones only
             const int wide = missing > 0 ? static_cast<int>((missing + kNarrower - 1) / kNarrower) : 0;
             const double mean_width = narrow_width + kNarrower * static_cast<double>(wide) / tiles;
-            const int64_t rounds = (int64_t{tiles} * a.channel_pairs + pairs - 1) / pairs;
+            const int64_t rounds = (int64_t{tiles} * a.samples * a.channel_pairs + pairs - 1) / pairs;
             const double chunks = static_cast<double>(a.padded_k / kChunk);
             const double cost =
                 static_cast<double>(rounds) * (chunks * (536 + 2.1 * mean_width) + 11 * mean_width + 300);
@@ -763,6 +762,7 @@ Arguments product_arguments(const ProductArguments& p) {
     a.padded_n = static_cast<int>(p.padded_n);
     a.padded_k = static_cast<int>(p.padded_k);
     a.channel_pairs = (a.padded_n / kChannels + kPair - 1) / kPair;
+    a.samples = 1;
     return a;
 }
 
@@ -824,13 +824,15 @@ void w4a8_linear(const LinearArguments& linear, cudaStream_t stream) {
 
 bool serves(const HeadArguments& h) {
     const LinearArguments& a = h.linear;
-    return serves(a) && a.product.padded_n == a.out_features && aligned(h.rotary) && h.samples < (1 << 20);
+    return serves(a) && a.product.padded_n == a.out_features && aligned(h.rotary) &&
+           a.product.tokens / h.samples > kFewTokens;  // samples have tiles of their own
 }
 
 void w4a8_linear_heads(const HeadArguments& h, cudaStream_t stream) {
     Arguments a = linear_arguments(h.linear);
     a.heads.count = static_cast<int>(h.heads);
-    a.heads.tokens = static_cast<int>(h.linear.product.tokens / h.samples);
+    a.samples = static_cast<int>(h.samples);
+    a.heads.tokens = a.tokens / a.samples;
     a.heads.eps = h.eps;
     a.heads.has_norm = h.norm_q.data;
     a.heads.rotary = h.rotary;
