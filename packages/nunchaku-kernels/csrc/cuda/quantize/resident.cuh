@@ -40,7 +40,6 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
     {  // Rows of 16 are a copy group each, so that little is left to do when the last ones arrive.
         const int piece = lane % 8, first_row = lane / 8;
         const int valid_rows = static_cast<int>(min(static_cast<int64_t>(rows), p.tokens - first_token));
-        const uint32_t nowhere = ptx::shared_address(shared) + 192;  // unread; keeps copies branchless
         const int64_t first_k = int64_t{first_group} * kGroupSize + piece * 8, row_step = 4 * p.row_bytes;
         const char* phase_source = p.x + (first_token + first_row) * p.row_bytes + first_k * 2;
         // Rows first_row + 8 n and first_row + 4 + 8 n of the first slot.
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(kCtaWarps * 32, 16 / kCtaWarps)
                 for (int j = 0; j < kPhasePairs * 4; ++j) {
                     const int row = start + first_row + j * 4;
                     const uint32_t to = (j % 2 ? odd : even) + j / 2 * 1024 + offset;
-                    ptx::copy_16(row < rows ? to : nowhere, row_source, inside && row < valid_rows);
+                    if (row < rows) ptx::copy_16(to, row_source, inside && row < valid_rows);
                     row_source += row_step;
                     if (j % 4 == 3) ptx::commit_copies();
                 }

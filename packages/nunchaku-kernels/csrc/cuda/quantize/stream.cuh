@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kWarps * 32, stream_ctas_per_processor(kWarps,
     };
     if (warp == 0) {
         if (lane == 0) {
-            for (int i = 0; i < 2; ++i) ptx::init_barrier(received + i * 8, 1);
+            // One arrival announces what other CTAs send, the others say that this CTA's own part is there.
+            for (int i = 0; i < 2; ++i) ptx::init_barrier(received + i * 8, 2 + (norm ? 1 : 0) + (low_rank ? 1 : 0));
             for (int i = 0; i < stream.stages; ++i) ptx::init_barrier(arrived + i * 8, 1);
             ptx::fence_barrier_init();
         }
@@ -311,14 +312,24 @@ __global__ void __launch_bounds__(kWarps * 32, stream_ctas_per_processor(kWarps,
                of_lane % 8 * 16;
     };
 
-    // Sends what the CTA's warps have left. Each kind is the work of other warps.
+    // Sends what the CTA's warps have left, and stores this CTA's own part. Each kind is the work of other warps.
     const int share = kSumPairs / ctas;
+    // A warp puts four words of each lane to this place in CTA `to`, if there is one.
+    const auto send_or_store = [&](uint32_t place, int to, const uint32_t(&four)[4], uint32_t barrier) {
+        const uint4 words = {four[0], four[1], four[2], four[3]};
+        if (to == cta)
+            ptx::store_shared_16(place, words);
+        else if (to < ctas)
+            ptx::send_16(ptx::address_in_cta(place, to), words, ptx::address_in_cta(barrier, to));
+        __syncwarp();
+        if (lane == 0) ptx::arrive(barrier);
+    };
     const auto send = [&](int step, int freed_stage) {
         const int to = step % 2;
         const uint32_t barrier = received + to * 8;
         const int token = lane % kStreamTokens, part = lane / kStreamTokens;  // of four
         if (threadIdx.x == 0)
-            ptx::arrive_expecting(barrier, ctas * kStreamTokens * (norm ? 12 : 4) + (low_rank ? kSumPairs * 8 : 0));
+            ptx::arrive_expecting(barrier, (ctas - 1) * (kStreamTokens * (norm ? 12 : 4) + (low_rank ? share * 8 : 0)));
         if (warp < kAddingWarps) {
             if constexpr (low_rank) {
                 const int pair = static_cast<int>(threadIdx.x);
@@ -329,10 +340,11 @@ __global__ void __launch_bounds__(kWarps * 32, stream_ctas_per_processor(kWarps,
                         sums_place(freed_stage, of, pair / 64, pair / 2 % 32) + pair % 2 * 8);
                     sum.x += v.x, sum.y += v.y;
                 }
-                shared.own_sums[to][pair] = sum;
+                (pair / share == cta ? shared.sums : shared.own_sums)[to][pair] = sum;
                 ptx::sync_threads<kSumPairs>(1);
                 if (warp == 0) ptx::fence_async_proxy();  // sends read what was stored, copies overwrite what was read
-                if (static_cast<int>(threadIdx.x) < ctas)
+                if (threadIdx.x == 0) ptx::arrive(barrier);
+                if (static_cast<int>(threadIdx.x) < ctas && static_cast<int>(threadIdx.x) != cta)
                     ptx::bulk_send(ptx::address_in_cta(ptx::shared_address(&shared.sums[to][cta * share]), threadIdx.x),
                                    ptx::shared_address(&shared.own_sums[to][threadIdx.x * share]), share * 8,
                                    ptx::address_in_cta(barrier, threadIdx.x));
@@ -350,9 +362,7 @@ __global__ void __launch_bounds__(kWarps * 32, stream_ctas_per_processor(kWarps,
             uint32_t four[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) four[i] = __shfl_sync(~0u, bits, lane % 2 * 4 + i);
-            if (lane / 2 < ctas)
-                ptx::send_16(ptx::address_in_cta(ptx::shared_address(&shared.maxima[to][cta][lane % 2 * 4]), lane / 2),
-                             {four[0], four[1], four[2], four[3]}, ptx::address_in_cta(barrier, lane / 2));
+            send_or_store(ptx::shared_address(&shared.maxima[to][cta][lane % 2 * 4]), lane / 2, four, barrier);
         } else if (norm && warp == kMomentsWarp) {
             const auto over_parts = [](float value) {
                 value += __shfl_xor_sync(~0u, value, 8);
@@ -378,9 +388,7 @@ __global__ void __launch_bounds__(kWarps * 32, stream_ctas_per_processor(kWarps,
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 four[i] = __float_as_uint(__shfl_sync(~0u, i % 2 ? variance : mean, lane % 4 * 2 + i / 2));
-            if (lane / 4 < ctas)
-                ptx::send_16(ptx::address_in_cta(ptx::shared_address(&shared.moments[to][cta][lane % 4 * 2]), lane / 4),
-                             {four[0], four[1], four[2], four[3]}, ptx::address_in_cta(barrier, lane / 4));
+            send_or_store(ptx::shared_address(&shared.moments[to][cta][lane % 4 * 2]), lane / 4, four, barrier);
         }
     };
 

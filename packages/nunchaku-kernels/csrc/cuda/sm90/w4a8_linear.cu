@@ -321,6 +321,7 @@ __device__ __forceinline__ void read_weights(uint32_t shared, int strip, int lan
 template <int tokens>
 __device__ __forceinline__ void release_weights(int lane, Barriers<tokens> barriers,
                                                 Ring<Layout<tokens>::kWeightStages>& ring) {
+    __syncwarp();
     if (lane == 0) ptx::arrive(barriers.weights_empty(ring.stage));
     ring.advance();
 }
@@ -377,6 +378,7 @@ __device__ __forceinline__ void add_low_rank(const Arguments& a, uint32_t shared
                 ptx::Wgmma<columns>::template half<is_bf16>(y, factors[step], hidden + 2 * step);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
+        __syncwarp();
         if (lane == 0) ptx::arrive(barriers.ranks_empty(ring.stage));
         ring.advance();
     }
@@ -588,6 +590,7 @@ __device__ __forceinline__ void consume_tile(const Arguments& a, uint32_t shared
     scale_sums<tokens, columns>(facts, kStrip * strip + lane / 4, lane, sums, y);
     const int tile_token = ptx::load_shared_4(facts + offsetof(Facts<tokens>, token));
     const int tile_channel = ptx::load_shared_4(facts + offsetof(Facts<tokens>, channel));
+    __syncwarp();
     if (lane == 0) ptx::arrive(barriers.facts_empty());
     if (a.rank) {
         if (a.up_dtype == DType::bf16)
