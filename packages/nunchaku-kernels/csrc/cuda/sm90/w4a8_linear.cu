@@ -244,7 +244,7 @@ __device__ void load_facts(const Arguments& a, uint8_t* memory, int lane, Barrie
 }
 
 // Brings the low-rank branch block by block, and stores tiles that are finished.
-template <int tokens>
+template <int tokens, bool has_heads>
 __device__ void load_ranks_and_store(const CUtensorMap* hidden, const CUtensorMap* wide_out,
                                      const CUtensorMap* narrow_out, const Arguments& a, uint32_t shared,
                                      Barriers<tokens> barriers) {
@@ -276,7 +276,7 @@ __device__ void load_ranks_and_store(const CUtensorMap* hidden, const CUtensorMa
             ptx::wait(barriers.output_full(c), parity);
             const CUtensorMap* out = index < a.wide_tiles ? wide_out : narrow_out;
             const uint32_t source = shared + L::kOutput + c * tokens * kRow;
-            if (!a.heads.count) {
+            if (!has_heads) {
                 ptx::tensor_store(out, source, tile.channel + 64 * c, tile.token, 0);
                 continue;
             }
@@ -519,7 +519,7 @@ struct State {
 };
 
 // Multiplies and finishes a tile of `columns` tokens: warpgroup `consumer` has its channels from 64 * consumer on.
-template <int tokens, int columns>
+template <int tokens, int columns, bool has_heads>
 __device__ __forceinline__ void consume_tile(const Arguments& a, uint32_t shared, int consumer, int index,
                                              Barriers<tokens> barriers, State<tokens>& state) {
     using L = Layout<tokens>;
@@ -605,8 +605,8 @@ __device__ __forceinline__ void consume_tile(const Arguments& a, uint32_t shared
         stage_output<columns, true, false>(output, y);
     else
         finish<columns>(a, output, tile_token, consumer, tile_channel + 64 * consumer, y);
-    const int head = tile_channel / kHeadChannels;
-    if (head < 2 * a.heads.count) {  // of q or k; both consumers work on both halves of it
+    if (const int head = tile_channel / kHeadChannels;
+        has_heads && head < 2 * a.heads.count) {  // of q or k; both consumers work on both halves of it
         ptx::sync_threads<128 * kConsumers>(1);
         const uint32_t rows = shared + L::kOutput;
         const uint32_t weights = shared + L::kNorms + head / a.heads.count * kHeadChannels * 4;
@@ -624,7 +624,8 @@ __device__ __forceinline__ void consume_tile(const Arguments& a, uint32_t shared
     ptx::arrive(barriers.output_full(consumer));
 }
 
-template <int tokens>
+// Heads have kernels of their own: with what they need behind it, ptxas keeps no uniform registers in the main loop.
+template <int tokens, bool has_heads>
 __global__ void __launch_bounds__(kThreads, 1)
     product(const __grid_constant__ CUtensorMap codes, const __grid_constant__ CUtensorMap hidden,
             const __grid_constant__ CUtensorMap wide_out, const __grid_constant__ CUtensorMap narrow_out,
@@ -667,7 +668,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         } else if (warp == 2) {
             load_facts<tokens>(a, memory, lane, barriers);
         } else if (lane == 0) {
-            load_ranks_and_store<tokens>(&hidden, &wide_out, &narrow_out, a, shared, barriers);
+            load_ranks_and_store<tokens, has_heads>(&hidden, &wide_out, &narrow_out, a, shared, barriers);
         }
     } else {
         ptx::take_registers<kConsumerRegisters>();
@@ -679,9 +680,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         release_weights(lane, barriers, state.weight_ring);
         for (int index = first_tile(); index < a.tiles; index += tile_step())
             if (index < a.wide_tiles)
-                consume_tile<tokens, tokens>(a, shared, consumer, index, barriers, state);
+                consume_tile<tokens, tokens, has_heads>(a, shared, consumer, index, barriers, state);
             else
-                consume_tile<tokens, tokens - kNarrower>(a, shared, consumer, index, barriers, state);
+                consume_tile<tokens, tokens - kNarrower, has_heads>(a, shared, consumer, index, barriers, state);
     }
     // The other block may still copy into this one's memory, or arrive at its barriers.
     ptx::cluster_arrive();
@@ -709,8 +710,9 @@ void run(Arguments a, const Tiling& tiling, const int8_t* codes, const void* lor
     const auto half_map = [&](const Planes& planes, int row_bytes, int rows) {
         return planes.data ? map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, planes, row_bytes, rows) : codes_map;
     };
-    launch_clusters(kPair, product<tokens>, dim3(kPair * std::min(a.tiles, processors / kPair)), dim3(kThreads),
-                    Layout<tokens>::kBytes, stream, "w4a8_linear (sm90)", codes_map,
+    launch_clusters(kPair, a.heads.count ? product<tokens, true> : product<tokens, false>,
+                    dim3(kPair * std::min(a.tiles, processors / kPair)), dim3(kThreads), Layout<tokens>::kBytes, stream,
+                    "w4a8_linear (sm90)", codes_map,
                     half_map({a.rank ? lora_act : nullptr, a.tokens, a.rank}, kRankRow, tokens),
                     half_map(out, kRow, tokens), half_map(out, kRow, tokens - kNarrower), a);
 }
