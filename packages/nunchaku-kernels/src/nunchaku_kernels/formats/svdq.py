@@ -178,6 +178,20 @@ def unpack_lowrank_up(proj_up: torch.Tensor) -> torch.Tensor:
     return tiles.permute(0, 4, 2, 1, 5, 3, 6).reshape(n, rank)
 
 
+def join_lowrank(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Published factors [C, R1] and [C, R2] of the same channels, side by side: [C, R1 + R2], `first` first.
+
+    Either order, down or up, is one of tiles of 16 channels by 16 ranks, so tiles move and their insides do not.
+    """
+    for name, factor in (("first", first), ("second", second)):
+        require_tensor(name, factor, (first.shape[0], None))
+        _require_lowrank(name, "C", first.shape[0], factor.shape[1])
+    tiles = [
+        factor.reshape(first.shape[0] // 16, factor.shape[1] // 16, 256).to(first.dtype) for factor in (first, second)
+    ]
+    return torch.cat(tiles, dim=1).reshape(first.shape[0], first.shape[1] + second.shape[1])
+
+
 def _require_lowrank(name: str, dimension: str, channels: int, rank: int) -> None:
     require_multiple(name, dimension, channels, 16)
     if rank % RANK_ALIGNMENT:
