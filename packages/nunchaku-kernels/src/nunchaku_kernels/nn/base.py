@@ -102,6 +102,11 @@ class QuantizedLinear(nn.Module):
         if not self._adapters:
             self._forget()
 
+    def detach_all(self) -> None:
+        """Take all adapters off."""
+        self._adapters = AdapterSet()
+        self._forget()
+
     def load_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over published tensors (no copy). Names and shapes must be those of the layer, and so must the dtypes,
         except that any of float32, float16 and bfloat16 may stand for another.
