@@ -390,3 +390,17 @@ def test_places_that_do_not_fit(random_weights: RandomWeights) -> None:
         layer.attach(adapter(2, 128, 4), (255, 257))
     with pytest.raises(ValueError, match=r"block.linear: `columns` must be 128 columns"):
         layer.attach(adapter(256, 128, 4), columns=(0, 64))
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_dequantised_weights_are_what_layers_multiply_with(random_weights: RandomWeights, precision: str) -> None:
+    weights = random_weights(300, 192, precision=precision, factors=precision == "nvfp4", rank=16)
+    layer = svdq(weights, shift=GELU_SHIFT if precision == "int4" else 0.0)
+    part = LinearSlice([SlicePart(layer, (100, 200), (0, 192))])
+    for module in (layer, quantized_modulation(192, 128, 6), quantized_modulation(96, 128, 3), part):
+        weight, _ = affine(module, module.in_features)
+        assert relative(module.dequantize(), weight) < 1e-5
+        item = adapter(module.out_features, module.in_features, 4)
+        module.attach(item)
+        assert relative(module.dequantize(), weight) < 1e-5
+        module.detach(item)

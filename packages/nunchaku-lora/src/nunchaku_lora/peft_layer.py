@@ -170,6 +170,14 @@ class QuantizedLoraLinear(Linear):
         self.release()
         return self.owner
 
+    def set_gain(self, name: str, gain: torch.Tensor | None) -> None:
+        """Give an adapter of this layer DoRA's gain, (out_features) in units of its scaling, or take it away."""
+        if name in self.lora_gain:
+            del self.lora_gain[name]
+        if gain is not None:
+            like = self.lora_B[name].weight
+            self.lora_gain[name] = nn.Parameter(gain.to(like.device, torch.float32), requires_grad=False)
+
     def release(self) -> None:
         """Stop acting: this module is about to leave the model."""
         self.owner.detach(self)

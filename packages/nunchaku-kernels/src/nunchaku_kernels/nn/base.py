@@ -68,6 +68,11 @@ class QuantizedLinear(nn.Module):
         """The bias (out_features,) in natural order, or None."""
         raise NotImplementedError
 
+    def dequantize(self) -> torch.Tensor:
+        """The stored weight with the stored low-rank branch, (out_features, in_features) float32, rows in the order of
+        the original linears; without adapters."""
+        raise NotImplementedError
+
     def attach(
         self,
         adapter: Adapter,
@@ -100,12 +105,12 @@ class QuantizedLinear(nn.Module):
         """Take an adapter off again; nothing happens if it is not on the layer."""
         self._adapters.detach(adapter)
         if not self._adapters:
-            self._forget()
+            self.forget()
 
     def detach_all(self) -> None:
         """Take all adapters off."""
         self._adapters = AdapterSet()
-        self._forget()
+        self.forget()
 
     def load_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over published tensors (no copy). Names and shapes must be those of the layer, and so must the dtypes,
@@ -164,7 +169,7 @@ class QuantizedLinear(nn.Module):
         return tensor.dtype == torch.float8_e4m3fn
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        self._forget()  # moving a layer frees what was derived from its old tensors
+        self.forget()  # moving a layer frees what was derived from its old tensors
 
         def keeping_dtypes(tensor: torch.Tensor) -> torch.Tensor:
             if self._keeps_dtype(tensor):
@@ -173,8 +178,11 @@ class QuantizedLinear(nn.Module):
 
         return super()._apply(keeping_dtypes, recurse)
 
-    def _forget(self) -> None:
-        """Free what was derived from registered tensors and adapters."""
+    def forget(self) -> None:
+        """Free what was derived from registered tensors and adapters; it is made anew when it is needed.
+
+        Only for those who write into an adapter's tensors through `.data` on a GPU, which leaves no trace.
+        """
         self._derived.clear()
 
     def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:

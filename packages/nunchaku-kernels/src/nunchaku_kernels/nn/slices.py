@@ -78,6 +78,15 @@ class LinearSlice(nn.Module):
             total = total + self._part(part, x[..., part.columns[0] : part.columns[1]])
         return total
 
+    def dequantize(self) -> torch.Tensor:
+        """The original weight as the owners store it, (out_features, in_features) float32; without adapters."""
+        return torch.cat([part.owner.dequantize()[slice(*part.rows)] for part in self.parts], dim=1)
+
+    def forget(self) -> None:
+        """See `QuantizedLinear.forget`, of all owners."""
+        for part in self.parts:
+            part.owner.forget()
+
     def attach(self, adapter: Adapter, *, keep: bool = True) -> None:
         """Let an adapter of the original linear act in the owners, on every path through them.
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from nunchaku_kernels._checks import ceil_to
-from nunchaku_kernels.formats import SVDQWeights, pack_svdq, unpack_vector
+from nunchaku_kernels.formats import SVDQWeights, pack_svdq, unpack_lowrank_down, unpack_lowrank_up, unpack_vector
 from nunchaku_kernels.nn._gradient import straight_through
 from nunchaku_kernels.nn._rank_axis import LowRank, RankAxis
 from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
@@ -152,6 +152,16 @@ class SVDQLinear(QuantizedLinear):
 
     def natural_bias(self) -> torch.Tensor | None:
         return None if self.bias is None else unpack_vector(self.bias)[: self.out_features]
+
+    def dequantize(self) -> torch.Tensor:
+        weight = svdq_w4a16.dequantize(self.qweight, self.wscales, self.wtscale, self.wcscales, torch.float32)
+        weight = weight / unpack_vector(self.smooth_factor).float()
+        if self.rank:
+            up = unpack_lowrank_up(self.proj_up).float()
+            if self.rank_scale is not None:
+                up = up * self.rank_scale
+            weight = torch.addmm(weight, up, unpack_lowrank_down(self.proj_down).float())
+        return weight[: self.out_features, : self.in_features]
 
     def quantize(self, x: torch.Tensor) -> QuantizedActivation:
         """Quantise activations for this layer's arithmetic, and project them down, in one pass over x. No gradient.
@@ -391,8 +401,8 @@ class SVDQLinear(QuantizedLinear):
             raise ValueError(f"{self.label()}: {error}") from error
         return folded
 
-    def _forget(self) -> None:
-        super()._forget()
+    def forget(self) -> None:
+        super().forget()
         self._rank_axis.clear()
 
     def _branch(self, factor: torch.Tensor) -> torch.Tensor | None:

@@ -85,6 +85,12 @@ class W4A16Linear(QuantizedLinear):
     def natural_bias(self) -> torch.Tensor | None:
         return self.bias
 
+    def dequantize(self) -> torch.Tensor:
+        scales, zeros = (
+            unpack_awq_scales(tensor, self.in_features, self.group_size) for tensor in (self.wscales, self.wzeros)
+        )
+        return reference.dequantize(unpack_awq(self.qweight), scales, zeros).float()
+
     def forward(self, x: torch.Tensor, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features) in the stored order, in the dtype of x.
 
@@ -160,8 +166,8 @@ class W4A16Linear(QuantizedLinear):
         )
         return reference.linear(x, unpack_awq(self.qweight), scales, zeros, bias)
 
-    def _forget(self) -> None:
-        super()._forget()
+    def forget(self) -> None:
+        super().forget()
         self._factors.clear()
 
     def extra_repr(self) -> str:
@@ -191,6 +197,9 @@ class ModulationLinear(W4A16Linear):
         if self.bias is None:
             return None
         return unfold_unit_scale(from_channel_major(self.bias, self.num_chunks), self.num_chunks)
+
+    def dequantize(self) -> torch.Tensor:
+        return super().dequantize().unflatten(0, (-1, self.num_chunks)).transpose(0, 1).flatten(0, 1)
 
     def chunks(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x (B, in_features) -> `num_chunks` tensors (B, D): use `x * scale + shift`, the 1 is in the scale."""
