@@ -1,16 +1,20 @@
 """Adapters on a whole 4-bit model: fused attention, stock attention and foreign processors see them exactly once."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import save_file
 
 import nunchaku_lora
 from nunchaku_kernels.nn import QuantizedLinear
 from nunchaku_models import NunchakuFluxTransformer2DModel, demo
+from nunchaku_models.cli.main import main
 from nunchaku_models.families.flux_attention import NunchakuFluxAttnProcessor
 
 
@@ -86,3 +90,36 @@ def test_adapters_are_not_saved_with_the_model(model: Any, tmp_path: Any) -> Non
     again.set_arithmetic("w4a16")
     assert torch.equal(run(again), plain)
     assert sum(bool(layer._adapters) for layer in model.modules() if isinstance(layer, QuantizedLinear)) > 0
+
+
+def test_generate_draws_with_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = 256
+    down, up = torch.randn(4, size) / 16, torch.randn(size, 4)
+    names = ("lora_down.weight", down), ("lora_up.weight", up), ("alpha", torch.tensor(2.0))
+    save_file(
+        {f"lora_unet_single_blocks_0_linear2.{name}": value for name, value in names}, tmp_path / "bad.safetensors"
+    )
+    down = torch.randn(4, 5 * size) / 32
+    names = ("lora_down.weight", down), ("lora_up.weight", up), ("alpha", torch.tensor(2.0))
+    file = tmp_path / "lora.safetensors"
+    save_file({f"lora_unet_single_blocks_0_linear2.{name}": value for name, value in names}, file)
+    pictures = {}
+    for name, loras in {
+        "plain": [],
+        "none": [f"{file}:0"],
+        "style": [f"{file}:2"],
+        "twice": [str(file), f"{file}:1"],
+    }.items():
+        picture = tmp_path / f"{name}.png"
+        arguments = [part for lora in loras for part in ("--lora", lora)]
+        assert main(["generate", "a red apple, noto style", "-o", str(picture), "--steps", "2", *arguments]) == 0
+        pictures[name] = torch.frombuffer(bytearray(Image.open(picture).convert("RGB").tobytes()), dtype=torch.uint8)
+        assert f"strength {loras[0][-1]}" in capsys.readouterr().out if name == "style" else True
+    assert torch.equal(pictures["plain"], pictures["none"])
+    assert not torch.equal(pictures["plain"], pictures["style"])
+    difference = (pictures["style"].int() - pictures["twice"].int()).abs().float()
+    assert float(difference.mean()) < 2  # the same adapter at 2, and twice at 1
+    code = main(["generate", "x", "-o", str(tmp_path / "x.png"), "--lora", str(tmp_path / "bad.safetensors")])
+    assert code == 2
+    assert "proj_out: the model has 1280 inputs, the file's adapter 256" in capsys.readouterr().err
+    nunchaku_lora.disable()

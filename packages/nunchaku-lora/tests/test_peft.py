@@ -378,3 +378,31 @@ def test_compiled_models_swap_adapters_without_recompiling(make_model: Make, run
         second = run(compiled)
     assert not torch.allclose(first, second)
     torch.testing.assert_close(second, run(model), rtol=1e-4, atol=1e-4)
+
+
+def test_strengths_are_set_without_anything_else(make_pipe: Make, run: Run) -> None:
+    pipe = make_pipe()
+    model = pipe.transformer
+    model.add_adapter(config(), "a")
+    model.add_adapter(config(r=2), "b")
+    model.set_adapters(["a", "b"], [0.25, -1.0])
+    expected = run(model)
+    model.set_adapters(["a", "b"], [1.0, 1.0])
+    for target in (pipe, model):
+        nunchaku_lora.set_strength(target, {"a": 1.0})
+        nunchaku_lora.set_strength(target, {"a": 0.25, "b": -1.0})
+        assert torch.equal(run(model), expected)
+    copied = copy.deepcopy(model)
+    nunchaku_lora.set_strength(copied, {"a": 3.0})
+    assert torch.equal(run(model), expected)
+    assert not torch.equal(run(copied), expected)
+    with pytest.raises(ValueError, match="there is no adapter 'c'; loaded: a, b"):
+        nunchaku_lora.set_strength(pipe, {"a": 5.0, "c": 1.0})
+    with pytest.raises(ValueError, match="strength of 'a' must be a finite number"):
+        nunchaku_lora.set_strength(model, {"a": float("nan")})
+    assert torch.equal(run(model), expected)
+    model.unload_lora()
+    plain = run(model)
+    model.add_adapter(config(), "a")  # the same name, other layers
+    nunchaku_lora.set_strength(model, {"a": 0.0})
+    torch.testing.assert_close(run(model), plain)
