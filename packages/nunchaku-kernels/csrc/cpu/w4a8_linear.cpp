@@ -1,5 +1,6 @@
 // The W4A8 product: weights are decoded to int8 panels that stay in cache while all tokens of a block pass over them.
 #include <algorithm>
+#include <vector>
 
 #include "../check.h"
 #include "../numerics/layout.h"
@@ -101,12 +102,19 @@ public:
         float wcscales[kPanelChannels], bias[kPanelChannels];
         const float* column_scales = natural_vector(a_.wcscales, n0, channels, wcscales);
         const float* biases = natural_vector(a_.bias, n0, channels, bias);
-        if (rank_) unpack_lowrank(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, up_.get());
+        if (rank_) {
+            find_used_ranks(n0, channels);
+            unpack_lowrank(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, up_.get());
+        }
         for (size_t m = 0; m < tokens; m += kRows)
             rows(m0 + m, std::min(kRows, tokens - m), n0, channels, kept, sums + m * channels, column_scales, biases);
     }
 
 private:
+    struct Range {
+        size_t begin, end;
+    };
+
     static constexpr size_t kRows = 6;  // tokens that share one pass over the low-rank factor
 
     void rows(size_t m0, size_t tokens, size_t n0, size_t channels, size_t kept, const int32_t* sums,
@@ -115,8 +123,12 @@ private:
         for (size_t i = 0; i < tokens; ++i)
             kernels_.dequantize_row(sums + i * channels, a_.ascales[m0 + i], a_.row_scales + n0, wcscales, bias,
                                     channels, y + i * channels);
-        if (rank_)
-            kernels_.matmul(ranked(m0, tokens), rank_, tokens, up_.get(), channels, rank_, channels, true, y, channels);
+        if (!used_.empty()) {
+            const float* activations = ranked(m0, tokens);
+            for (const Range& ranks : used_)
+                kernels_.matmul(activations + ranks.begin, rank_, tokens, &up_[ranks.begin * channels], channels,
+                                ranks.end - ranks.begin, channels, true, y, channels);
+        }
         const size_t out_features = a_.out_features;
         const size_t tokens_per_gate = a_.gate.data ? a_.product.tokens / a_.gate_rows : 1;
         const DType out_dtype = static_cast<DType>(a_.out_dtype);
@@ -126,6 +138,24 @@ private:
                                 operand_row(a_.gate, m / tokens_per_gate * out_features + n0),
                                 operand_row(a_.residual, offset),
                                 static_cast<char*>(a_.out) + offset * size_of(out_dtype), out_dtype);
+        }
+    }
+
+    // Ranks, in sixteens, whose up factor is not all zero for these channels: adapters of fused linears (q, k, v) have
+    // ranks of their own, and each adds to its own rows only.
+    void find_used_ranks(size_t n0, size_t channels) {
+        const size_t tile_bytes = 256 * size_of(static_cast<DType>(a_.proj_up.dtype));
+        used_.clear();
+        for (size_t r = 0; r < rank_; r += 16) {
+            bool zero = true;
+            for (size_t c = n0; c < n0 + channels && zero; c += 16) {
+                const char* tile =
+                    static_cast<const char*>(a_.proj_up.data) + (c / 16 * (rank_ / 16) + r / 16) * tile_bytes;
+                zero = std::all_of(tile, tile + tile_bytes, [](char byte) { return byte == 0; });
+            }
+            if (zero) continue;
+            if (used_.empty() || used_.back().end != r) used_.push_back({r, r});
+            used_.back().end = r + 16;
         }
     }
 
@@ -141,6 +171,7 @@ private:
     const LinearArguments& a_;
     size_t rank_;
     Buffer<float> up_, scaled_;
+    std::vector<Range> used_;
 };
 
 }  // namespace
