@@ -1,5 +1,6 @@
 // The W4A8 product: weights are decoded to int8 panels that stay in cache while all tokens of a block pass over them.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../check.h"
@@ -115,7 +116,7 @@ private:
         size_t begin, end;
     };
 
-    static constexpr size_t kRows = 6;  // tokens that share one pass over the low-rank factor
+    static constexpr size_t kRows = 24;  // tokens that share one pass over the low-rank factor
 
     void rows(size_t m0, size_t tokens, size_t n0, size_t channels, size_t kept, const int32_t* sums,
               const float* wcscales, const float* bias) {
@@ -125,9 +126,10 @@ private:
                                     channels, y + i * channels);
         if (!used_.empty()) {
             const float* activations = ranked(m0, tokens);
-            for (const Range& ranks : used_)
-                kernels_.matmul(activations + ranks.begin, rank_, tokens, &up_[ranks.begin * channels], channels,
-                                ranks.end - ranks.begin, channels, true, y, channels);
+            for (size_t c = 0; c < channels; c += 16)
+                for (const Range& ranks : used_)
+                    kernels_.matmul(activations + ranks.begin, rank_, tokens, &up_[c * rank_ + ranks.begin * 16], 16,
+                                    ranks.end - ranks.begin, 16, true, y + c, channels);
         }
         const size_t out_features = a_.out_features;
         const size_t tokens_per_gate = a_.gate.data ? a_.product.tokens / a_.gate_rows : 1;
@@ -151,7 +153,7 @@ private:
             for (size_t c = n0; c < n0 + channels && zero; c += 16) {
                 const char* tile =
                     static_cast<const char*>(a_.proj_up.data) + (c / 16 * (rank_ / 16) + r / 16) * tile_bytes;
-                zero = std::all_of(tile, tile + tile_bytes, [](char byte) { return byte == 0; });
+                zero = tile[0] == 0 && std::memcmp(tile, tile + 1, tile_bytes - 1) == 0;  // every byte like the next
             }
             if (zero) continue;
             if (used_.empty() || used_.back().end != r) used_.push_back({r, r});
@@ -163,7 +165,8 @@ private:
     const float* ranked(size_t m0, size_t tokens) {
         const float* activations = a_.lora_act + m0 * rank_;
         if (!a_.rank_scale) return activations;
-        for (size_t i = 0; i < tokens * rank_; ++i) scaled_[i] = activations[i] * a_.rank_scale[i % rank_];
+        for (size_t m = 0; m < tokens; ++m)
+            for (size_t r = 0; r < rank_; ++r) scaled_[m * rank_ + r] = activations[m * rank_ + r] * a_.rank_scale[r];
         return scaled_.get();
     }
 

@@ -1,5 +1,6 @@
 // Activations to int8 with one scale per token, and the low-rank down projection of the same tokens.
 #include <algorithm>
+#include <cstring>
 
 #include "../check.h"
 #include "../numerics/layout.h"
@@ -16,11 +17,17 @@ namespace {
 // enough tokens leave a block for each thread.
 constexpr size_t kTokenStep = 6, kTokenBlock = 48;
 
-// Inputs whose share of one strip of 16 ranks, and of the block's tokens, stays in the first-level cache.
-constexpr size_t kInputBlock = 256;
+// Bytes of each token, and of each rank, that are multiplied before the next: those of a block of tokens and of a strip
+// of 16 ranks stay in the first-level cache.
+constexpr size_t kInputBytes = 512;
 
-// The low-rank factor as strips [rank / 16][channels padded to 16][16], in fp32; or in bf16 pairs of inputs, [..][16][2],
-// where x and the factor are bf16 and the processor multiplies such pairs: the products are exact either way.
+// Tokens of a block are kept this many bytes further apart than they are long, since lengths are multiples of powers of
+// two, and such distances would put all tokens into the same few sets of a cache.
+constexpr size_t kGap = 64;
+
+// The low-rank factor as strips [rank / 16][channels padded to 16][16], in fp32; or in bf16 pairs of inputs,
+// [..][16][2], where x and the factor are bf16 and the processor multiplies such pairs: the products are exact either
+// way.
 class DownFactor {
 public:
     DownFactor(const Kernels& kernels, const QuantizeArguments& a)
@@ -38,20 +45,24 @@ public:
         }
     }
 
-    // lora_act[count, rank] = x[count, channels] down. Every sum runs over the inputs in order, whatever the blocks are.
-    // `x` are the tokens in fp32, one after the other; `stored` as they came, `stride` elements apart.
-    void multiply(const float* x, const void* stored, int64_t stride, size_t count, float* lora_act) const {
+    // Whether the tokens are wanted in bf16, as they came; else in fp32.
+    bool pairs() const { return pairs_; }
+
+    // lora_act[count, rank] = x[count, channels] down, with the tokens of x `stride` elements apart. Every sum runs
+    // over the inputs in order, whatever the blocks are.
+    void multiply(const void* x, size_t stride, size_t count, float* lora_act) const {
         if (pairs_) std::fill(lora_act, lora_act + count * rank_, 0.0f);
-        for (size_t k = 0; k < channels_; k += kInputBlock) {
-            const size_t inputs = std::min(kInputBlock, channels_ - k);
+        const size_t block = kInputBytes / (pairs_ ? sizeof(uint16_t) : sizeof(float));
+        for (size_t k = 0; k < channels_; k += block) {
+            const size_t inputs = std::min(block, channels_ - k);
             for (size_t r = 0; r < rank_; r += 16) {
                 const size_t panel = r / 16 * strip_ + k * 16;
                 if (pairs_)
-                    kernels_.matmul_bf16(static_cast<const uint16_t*>(stored) + k, static_cast<size_t>(stride), count,
-                                         bf16_.get() + panel, inputs, lora_act + r, rank_);
+                    kernels_.matmul_bf16(static_cast<const uint16_t*>(x) + k, stride, count, bf16_.get() + panel,
+                                         inputs, lora_act + r, rank_);
                 else
-                    kernels_.matmul(x + k, channels_, count, fp32_.get() + panel, 16, inputs, 16, k > 0, lora_act + r,
-                                    rank_);
+                    kernels_.matmul(static_cast<const float*>(x) + k, stride, count, fp32_.get() + panel, 16, inputs,
+                                    16, k > 0, lora_act + r, rank_);
             }
         }
     }
@@ -103,19 +114,25 @@ void w4a8_quantize(const QuantizeArguments& a, int64_t threads, const std::strin
     const size_t share = std::max(size_t{1}, (tokens + workers - 1) / workers);
     const size_t token_block = std::min(kTokenBlock, (share + kTokenStep - 1) / kTokenStep * kTokenStep);
     parallel_for(workers, (tokens + token_block - 1) / token_block, [&](WorkQueue& queue) {
-        const Buffer<float> x = make_buffer<float>(token_block * channels), t = make_buffer<float>(channels);
+        const size_t stride = channels + kGap / sizeof(float), bf16_stride = channels + kGap / sizeof(uint16_t);
+        const bool in_fp32 = rank && !down.pairs(), in_bf16 = rank && down.pairs();
+        const Buffer<float> x = make_buffer<float>(in_fp32 ? token_block * stride : channels);
+        const Buffer<uint16_t> bf16_x = make_buffer<uint16_t>(in_bf16 ? token_block * bf16_stride : 0);
+        const Buffer<float> t = make_buffer<float>(channels);
         for (size_t block; queue.next(block);) {
             const size_t begin = block * token_block, count = std::min(token_block, tokens - begin);
             for (size_t i = 0; i < count; ++i) {
                 const size_t m = begin + i;
-                kernels.to_float(row_of(m), x_dtype, channels, &x[i * channels]);
+                float* token = &x[in_fp32 ? i * stride : 0];
+                kernels.to_float(row_of(m), x_dtype, channels, token);
+                if (in_bf16) std::memcpy(&bf16_x[i * bf16_stride], row_of(m), channels * sizeof(uint16_t));
                 int8_t* codes = a.codes + m * padded_k;
-                a.ascales[m] =
-                    kernels.quantize_token(&x[i * channels], channels, a.shift, reciprocal.get(), t.get(), codes);
+                a.ascales[m] = kernels.quantize_token(token, channels, a.shift, reciprocal.get(), t.get(), codes);
                 std::fill(codes + channels, codes + padded_k, int8_t{0});
             }
-            if (rank)
-                down.multiply(x.get(), row_of(begin), a.stride, count, a.lora_act + begin * rank);
+            float* lora_act = a.lora_act + begin * rank;
+            if (in_fp32) down.multiply(x.get(), stride, count, lora_act);
+            if (in_bf16) down.multiply(bf16_x.get(), bf16_stride, count, lora_act);
         }
     });
 }
