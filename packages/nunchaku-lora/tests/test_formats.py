@@ -18,6 +18,7 @@ from nunchaku_kernels.nn import LinearSlice
 from nunchaku_lora.formats import convert
 from nunchaku_lora.formats.names import flux_place, parse_key
 from nunchaku_lora.formats.products import hadamard_product, kronecker_product, whole_matrix
+from nunchaku_lora.loading import linears_of
 
 Tensors = dict[str, torch.Tensor]
 D, RANK = 128, 4
@@ -346,6 +347,10 @@ def assert_change(after: Tensors, before: Tensors, expected: Tensors, tolerance:
         if path in expected:
             wanted[:, : expected[path].shape[1]] += expected[path]
         assert float((weight - wanted).norm() / wanted.norm()) < tolerance, path
+
+
+def test_the_table_covers_every_linear(make_model: Any) -> None:
+    assert {path: (m.out_features, m.in_features) for path, m in linears_of(make_model()).items()} == LINEARS
 
 
 @pytest.mark.parametrize("row", ROWS)
