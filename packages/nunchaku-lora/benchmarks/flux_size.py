@@ -1,8 +1,9 @@
 """What adapters cost at the sizes of FLUX.1-dev: random 4-bit weights, a random LoRA over all linears.
 
-uv run python packages/nunchaku-lora/benchmarks/flux_size.py -o benchmarks/lora_flux_size.json
+uv run python packages/nunchaku-lora/benchmarks/flux_size.py --steps 0 -o benchmarks/lora_flux_size.json
 
-Needs nunchaku-models (for the model's layout) and 10 GB of memory. Times are in seconds.
+Needs nunchaku-models (for the model's layout) and 10 GB of memory. Times are in seconds, medians. With `--steps N`,
+steps are timed too.
 """
 
 import argparse
@@ -94,6 +95,13 @@ def shared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return down
 
 
+def combine(layers: list[SVDQLinear]) -> None:
+    """What every 4-bit layer does about adapters on every call."""
+    with torch.no_grad():
+        for layer in layers:
+            layer._low_rank()
+
+
 def timed(function: Callable[[], Any], repeat: int = 1) -> float:
     """The median time of a call."""
     times = []
@@ -138,27 +146,28 @@ def main() -> None:
         with torch.no_grad():
             model(**inputs)
 
-    step()
-    found: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "blocks": [args.layers, args.singles],
-        "tokens": [args.image_tokens, args.text_tokens],
-        "step": timed(step, args.steps),
-    }
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "blocks": [args.layers, args.singles]}
+    if args.steps:
+        step()
+        found |= {"tokens": [args.image_tokens, args.text_tokens], "step": timed(step, args.steps)}
+    layers = [module for module in model.modules() if isinstance(module, SVDQLinear)]
     for rank in (16, 128):
         for kind in ("own", "shared"):
             tensors = random_lora(model, rank, rank)
             tensors = tensors if kind == "own" else shared(tensors)
             row = {"load": timed(lambda: pipe.load_lora_weights(tensors, adapter_name="a"))}  # noqa: B023
-            first = timed(step)
-            row["step"] = timed(step, args.steps)
-            row["first step after loading, extra"] = first - row["step"]
+            if args.steps:
+                first = timed(step)
+                row["step"] = timed(step, args.steps)
+                row["first step, extra"] = first - row["step"]
+            else:
+                # what the first step with these adapters does before it computes anything
+                row["combining"] = timed(lambda: combine(layers))
+                row["looking up"] = timed(lambda: combine(layers), 5)
             row["set_strength"] = timed(lambda: nunchaku_lora.set_strength(pipe, {"a": 0.7}), 20)
             row["set_adapters"] = timed(lambda: pipe.set_adapters(["a"], [0.7]), 5)
-            row["first step after a strength, extra"] = timed(step) - row["step"]
             found[f"rank {rank}, down factors of q, k, v: {kind}"] = row
             pipe.unload_lora_weights()
-        row["step without, again"] = timed(step, args.steps)
         print(json.dumps(found, indent=2), flush=True)
     if args.output:
         args.output.write_text(json.dumps(found, indent=2) + "\n")
