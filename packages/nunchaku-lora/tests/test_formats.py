@@ -732,3 +732,18 @@ def test_any_key_is_taken_apart(key: str) -> None:
     parsed = parse_key(key)
     assert parsed.part in ("transformer", "text_encoder", "other text encoder")
     flux_place(parsed.module)
+
+
+@pytest.mark.parametrize("control_first", [False, True])
+def test_a_style_beside_a_control_lora(make_pipe: Any, weight_of: Any, control_first: bool) -> None:
+    """The layer that a control LoRA widens may have an adapter already, or get a narrower one later."""
+    pipe = make_pipe()
+    before = weights(pipe.transformer, weight_of)
+    control, expected = bfl_control()
+    files = [("control", control), ("style", diffusers_file())]
+    for name, tensors in files if control_first else files[::-1]:
+        pipe.load_lora_weights(tensors, adapter_name=name, strict=True)
+    pipe.set_adapters(["control", "style"], [1.0, 0.5])
+    for path, delta in deltas(pairs(), 0.5).items():
+        expected[path][:, : delta.shape[1]] += delta
+    assert_change(weights(pipe.transformer, weight_of), before, expected)

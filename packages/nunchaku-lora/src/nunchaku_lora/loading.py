@@ -334,7 +334,7 @@ def _state_and_configuration(modules: Mapping[str, ModuleLora], prefix: str) -> 
 def _inject(target: Any, model: Any, lora: Lora, name: str, hotswap: bool) -> None:
     if lora.modules:
         state, metadata = _state_and_configuration(lora.modules, "transformer")
-        FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_(model, dict(state), prefix="transformer")
+        _grow(model, state)
         pipeline = target if target is not model else None
         model.load_lora_adapter(
             state,
@@ -354,6 +354,31 @@ def _inject(target: Any, model: Any, lora: Lora, name: str, hotswap: bool) -> No
         replaced = {name: model.get_parameter(name).detach().clone() for name in lora.vectors}
         model.load_state_dict(lora.vectors, strict=False)
         model._transformer_norm_layers = {**replaced, **before}
+
+
+def _grow(model: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Widen 16-bit layers to the inputs of a control LoRA, as diffusers does; with adapters that they have already.
+
+    diffusers calls the layer by its name and reads its weight, so it has to find the layer where it was without PEFT.
+    """
+    wrappers = {}
+    for path, layer in list(model.named_modules()):
+        wanted = state.get(f"transformer.{path}.lora_A.weight")
+        if isinstance(layer, LoraLayer) and wanted is not None and wanted.shape[1] > layer.in_features:
+            wrappers[path] = layer
+            model.set_submodule(path, layer.get_base_layer())
+    try:
+        FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_(model, dict(state), prefix="transformer")
+    finally:
+        for path, layer in wrappers.items():
+            layer.base_layer = model.get_submodule(path)
+            model.set_submodule(path, layer)
+            more = layer.base_layer.in_features - layer.in_features
+            layer.in_features += more
+            for down in layer.lora_A.values():
+                weight = torch.nn.functional.pad(down.weight.detach(), (0, more))
+                down.weight = nn.Parameter(weight, requires_grad=down.weight.requires_grad)
+                down.in_features += more
 
 
 def _settle(layer: LoraLayer, name: str, part: ModuleLora | None, alpha: float, hotswap: bool) -> None:
