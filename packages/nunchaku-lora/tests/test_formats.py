@@ -747,3 +747,24 @@ def test_a_style_beside_a_control_lora(make_pipe: Any, weight_of: Any, control_f
     for path, delta in deltas(pairs(), 0.5).items():
         expected[path][:, : delta.shape[1]] += delta
     assert_change(weights(pipe.transformer, weight_of), before, expected)
+
+
+def test_compiled_pipelines_swap_files_without_recompiling(make_pipe: Any, run: Any) -> None:
+    torch.compiler.reset()
+    pipe = make_pipe()
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(diffusers_file(alpha=3.0), adapter_name="it")
+    model = pipe.transformer
+    model.compile(backend="aot_eager", fullgraph=True)
+    first = run(model)
+    tensors, _ = different_ranks()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        pipe.load_lora_weights(tensors, adapter_name="it", hotswap=True)
+        second = run(model)
+        nunchaku_lora.set_strength(pipe, {"it": 0.5})
+        third = run(model)
+    model._compiled_call_impl = None
+    torch.testing.assert_close(run(model), third, rtol=1e-4, atol=1e-4)
+    nunchaku_lora.set_strength(pipe, {"it": 1.0})
+    torch.testing.assert_close(run(model), second, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first, second)
