@@ -326,3 +326,35 @@ def test_linear_passes_nan_tokens_on_and_clamps_fp16(isa: str) -> None:
         assert (out[0] == 65504).all()
         assert out[1].isnan().all()
         assert (out[2] == (-65504 if activation == 0 else 0)).all()
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_ranks_without_part_in_some_rows_change_nothing(data: st.DataObject) -> None:
+    """Block-diagonal up factors, as those of adapters on fused linears: whole tiles of zeros are left out."""
+    n, k, rank, tokens = 384, 128, 16 * data.draw(st.integers(1, 6)), data.draw(st.integers(1, 13))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    up = torch.randn(n, rank, generator=generator)
+    for block in range(0, n, 128):
+        for first in range(0, rank, 16):
+            if data.draw(st.booleans()):
+                up[block : block + 128, first : first + 16] = 0
+    codes = torch.randint(-127, 128, (tokens, k), generator=generator, dtype=torch.int8)
+    arguments = (
+        codes, torch.rand(tokens, generator=generator), torch.randn(tokens, rank, generator=generator),
+        torch.randint(-128, 128, (n, k // 2), generator=generator, dtype=torch.int8),
+        torch.rand(n, generator=generator),
+        torch.randint(0, 100, (n, k // 64), generator=generator, dtype=torch.int16),
+    )  # fmt: skip
+    scale = torch.randn(rank, generator=generator)
+
+    def run(factor: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.nunchaku_kernels.w4a8_linear(
+            *arguments[:2], hidden, *arguments[3:], factor, None if factor is None else scale, None, None,
+            out_features=n, out_dtype=torch.float32,
+        )  # fmt: skip
+        return result
+
+    plain = run(None, arguments[2][:, :0])
+    given_sum = run(pack_lowrank_up(up), arguments[2])
+    torch.testing.assert_close(given_sum - plain, (arguments[2] * scale) @ up.t(), rtol=1e-3, atol=1e-2)

@@ -1,5 +1,7 @@
 // The W4A8 product: weights are decoded to int8 panels that stay in cache while all tokens of a block pass over them.
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "../check.h"
 #include "../numerics/layout.h"
@@ -101,13 +103,20 @@ public:
         float wcscales[kPanelChannels], bias[kPanelChannels];
         const float* column_scales = natural_vector(a_.wcscales, n0, channels, wcscales);
         const float* biases = natural_vector(a_.bias, n0, channels, bias);
-        if (rank_) unpack_lowrank(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, up_.get());
+        if (rank_) {
+            find_used_ranks(n0, channels);
+            unpack_lowrank(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, up_.get());
+        }
         for (size_t m = 0; m < tokens; m += kRows)
             rows(m0 + m, std::min(kRows, tokens - m), n0, channels, kept, sums + m * channels, column_scales, biases);
     }
 
 private:
-    static constexpr size_t kRows = 6;  // tokens that share one pass over the low-rank factor
+    struct Range {
+        size_t begin, end;
+    };
+
+    static constexpr size_t kRows = 24;  // tokens that share one pass over the low-rank factor
 
     void rows(size_t m0, size_t tokens, size_t n0, size_t channels, size_t kept, const int32_t* sums,
               const float* wcscales, const float* bias) {
@@ -115,8 +124,13 @@ private:
         for (size_t i = 0; i < tokens; ++i)
             kernels_.dequantize_row(sums + i * channels, a_.ascales[m0 + i], a_.row_scales + n0, wcscales, bias,
                                     channels, y + i * channels);
-        if (rank_)
-            kernels_.matmul(ranked(m0, tokens), rank_, tokens, up_.get(), channels, rank_, channels, true, y, channels);
+        if (!used_.empty()) {
+            const float* activations = ranked(m0, tokens);
+            for (size_t c = 0; c < channels; c += 16)
+                for (const Range& ranks : used_)
+                    kernels_.matmul(activations + ranks.begin, rank_, tokens, &up_[c * rank_ + ranks.begin * 16], 16,
+                                    ranks.end - ranks.begin, 16, true, y + c, channels);
+        }
         const size_t out_features = a_.out_features;
         const size_t tokens_per_gate = a_.gate.data ? a_.product.tokens / a_.gate_rows : 1;
         const DType out_dtype = static_cast<DType>(a_.out_dtype);
@@ -129,11 +143,30 @@ private:
         }
     }
 
+    // Ranks, in sixteens, whose up factor is not all zero for these channels: adapters of fused linears (q, k, v) have
+    // ranks of their own, and each adds to its own rows only.
+    void find_used_ranks(size_t n0, size_t channels) {
+        const size_t tile_bytes = 256 * size_of(static_cast<DType>(a_.proj_up.dtype));
+        used_.clear();
+        for (size_t r = 0; r < rank_; r += 16) {
+            bool zero = true;
+            for (size_t c = n0; c < n0 + channels && zero; c += 16) {
+                const char* tile =
+                    static_cast<const char*>(a_.proj_up.data) + (c / 16 * (rank_ / 16) + r / 16) * tile_bytes;
+                zero = tile[0] == 0 && std::memcmp(tile, tile + 1, tile_bytes - 1) == 0;  // every byte like the next
+            }
+            if (zero) continue;
+            if (used_.empty() || used_.back().end != r) used_.push_back({r, r});
+            used_.back().end = r + 16;
+        }
+    }
+
     // lora_act * rank_scale of the given tokens.
     const float* ranked(size_t m0, size_t tokens) {
         const float* activations = static_cast<const float*>(a_.lora_act) + m0 * rank_;
         if (!a_.rank_scale) return activations;
-        for (size_t i = 0; i < tokens * rank_; ++i) scaled_[i] = activations[i] * a_.rank_scale[i % rank_];
+        for (size_t m = 0; m < tokens; ++m)
+            for (size_t r = 0; r < rank_; ++r) scaled_[m * rank_ + r] = activations[m * rank_ + r] * a_.rank_scale[r];
         return scaled_.get();
     }
 
@@ -141,6 +174,7 @@ private:
     const LinearArguments& a_;
     size_t rank_;
     Buffer<float> up_, scaled_;
+    std::vector<Range> used_;
 };
 
 }  // namespace

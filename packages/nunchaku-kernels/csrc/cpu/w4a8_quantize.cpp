@@ -1,5 +1,6 @@
 // Activations to int8 with one scale per token, and the low-rank down projection of the same tokens.
 #include <algorithm>
+#include <cstring>
 
 #include "../check.h"
 #include "../numerics/layout.h"
@@ -12,7 +13,80 @@
 namespace nk::cpu {
 namespace {
 
-constexpr size_t kTokenBlock = 6;  // tokens that share one pass over the low-rank factor
+// Tokens that share one pass over the low-rank factor, which for long inputs and adapters is larger than any cache; few
+// enough tokens leave a block for each thread.
+constexpr size_t kTokenStep = 6, kTokenBlock = 48;
+
+// Bytes of each token, and of each rank, that are multiplied before the next: those of a block of tokens and of a strip
+// of 16 ranks stay in the first-level cache.
+constexpr size_t kInputBytes = 512;
+
+// Tokens of a block are kept this many bytes further apart than they are long, since lengths are multiples of powers of
+// two, and such distances would put all tokens into the same few sets of a cache.
+constexpr size_t kGap = 64;
+
+// The low-rank factor as strips [rank / 16][channels padded to 16][16], in fp32; or in bf16 pairs of inputs,
+// [..][16][2], where x and the factor are bf16 and the processor multiplies such pairs: the products are exact either
+// way.
+class DownFactor {
+public:
+    DownFactor(const Kernels& kernels, const QuantizeArguments& a)
+        : kernels_(kernels), rank_(a.rank), channels_(a.channels), strip_((channels_ + 15) / 16 * 16 * 16) {
+        const DType dtype = static_cast<DType>(a.proj_down.dtype);
+        pairs_ = kernels.matmul_bf16 && channels_ % 2 == 0 && dtype == DType::bf16 &&
+                 static_cast<DType>(a.x.dtype) == DType::bf16;
+        if (!rank_) return;
+        if (pairs_) {
+            bf16_ = make_buffer<uint16_t>(strip_ * rank_ / 16);
+            unpack_pairs(static_cast<const uint16_t*>(a.proj_down.data));
+        } else {
+            fp32_ = make_buffer<float>(strip_ * rank_ / 16);
+            unpack_lowrank(kernels, a.proj_down, rank_, 0, channels_, LowrankSide::down, fp32_.get());
+        }
+    }
+
+    // Whether the tokens are wanted in bf16, as they came; else in fp32.
+    bool pairs() const { return pairs_; }
+
+    // lora_act[count, rank] = x[count, channels] down, with the tokens of x `stride` elements apart. Every sum runs
+    // over the inputs in order, whatever the blocks are.
+    void multiply(const void* x, size_t stride, size_t count, float* lora_act) const {
+        if (pairs_) std::fill(lora_act, lora_act + count * rank_, 0.0f);
+        const size_t block = kInputBytes / (pairs_ ? sizeof(uint16_t) : sizeof(float));
+        for (size_t k = 0; k < channels_; k += block) {
+            const size_t inputs = std::min(block, channels_ - k);
+            for (size_t r = 0; r < rank_; r += 16) {
+                const size_t panel = r / 16 * strip_ + k * 16;
+                if (pairs_)
+                    kernels_.matmul_bf16(static_cast<const uint16_t*>(x) + k, stride, count, bf16_.get() + panel,
+                                         inputs, lora_act + r, rank_);
+                else
+                    kernels_.matmul(static_cast<const float*>(x) + k, stride, count, fp32_.get() + panel, 16, inputs,
+                                    16, k > 0, lora_act + r, rank_);
+            }
+        }
+    }
+
+private:
+    void unpack_pairs(const uint16_t* factor) {
+        size_t from[8][16];  // published position of the pair (channels 2 i and 2 i + 1 of a tile, rank r)
+        for (size_t i = 0; i < 8; ++i)
+            for (size_t r = 0; r < 16; ++r) from[i][r] = lowrank_tile_position(r, 2 * i);
+        for (size_t c = 0; c < channels_; c += 16)
+            for (size_t r = 0; r < rank_; r += 16) {
+                const uint16_t* tile = factor + (c / 16 * (rank_ / 16) + r / 16) * 256;
+                uint16_t* panel = bf16_.get() + r / 16 * strip_ + c * 16;
+                for (size_t i = 0; i < 8; ++i)
+                    for (size_t j = 0; j < 16; ++j) std::copy_n(tile + from[i][j], 2, panel + (i * 16 + j) * 2);
+            }
+    }
+
+    const Kernels& kernels_;
+    size_t rank_, channels_, strip_;
+    bool pairs_;
+    Buffer<float> fp32_;
+    Buffer<uint16_t> bf16_;
+};
 
 }  // namespace
 
@@ -29,31 +103,36 @@ void w4a8_quantize(const QuantizeArguments& a, int64_t threads, const std::strin
         for (size_t k = 0; k < channels; ++k)
             reciprocal[k] = 1.0f / load_float(a.smooth.data, static_cast<DType>(a.smooth.dtype), vector_position(k));
     }
-    Buffer<float> down;  // [K padded to 16, rank]
-    if (rank) {
-        down = make_buffer<float>((channels + 15) / 16 * 16 * rank);
-        unpack_lowrank(kernels, a.proj_down, rank, 0, channels, LowrankSide::down, down.get());
-    }
+    const DownFactor down(kernels, a);
+
+    const auto row_of = [&](size_t m) {
+        return static_cast<const char*>(a.x.data) + a.stride * static_cast<int64_t>(m * size_of(x_dtype));
+    };
 
     // An element of the token costs about 64 int8 multiply-adds, one of the fp32 product 4.
     const size_t workers = useful_threads(threads, tokens * channels * (64 + 4 * rank));
-    parallel_for(workers, (tokens + kTokenBlock - 1) / kTokenBlock, [&](WorkQueue& queue) {
-        const Buffer<float> x = make_buffer<float>(kTokenBlock * channels), t = make_buffer<float>(channels);
+    const size_t share = std::max(size_t{1}, (tokens + workers - 1) / workers);
+    const size_t token_block = std::min(kTokenBlock, (share + kTokenStep - 1) / kTokenStep * kTokenStep);
+    parallel_for(workers, (tokens + token_block - 1) / token_block, [&](WorkQueue& queue) {
+        const size_t stride = channels + kGap / sizeof(float), bf16_stride = channels + kGap / sizeof(uint16_t);
+        const bool in_fp32 = rank && !down.pairs(), in_bf16 = rank && down.pairs();
+        const Buffer<float> x = make_buffer<float>(in_fp32 ? token_block * stride : channels);
+        const Buffer<uint16_t> bf16_x = make_buffer<uint16_t>(in_bf16 ? token_block * bf16_stride : 0);
+        const Buffer<float> t = make_buffer<float>(channels);
         for (size_t block; queue.next(block);) {
-            const size_t begin = block * kTokenBlock, count = std::min(kTokenBlock, tokens - begin);
+            const size_t begin = block * token_block, count = std::min(token_block, tokens - begin);
             for (size_t i = 0; i < count; ++i) {
                 const size_t m = begin + i;
-                const char* row =
-                    static_cast<const char*>(a.x.data) + a.stride * static_cast<int64_t>(m * size_of(x_dtype));
-                kernels.to_float(row, x_dtype, channels, &x[i * channels]);
+                float* token = &x[in_fp32 ? i * stride : 0];
+                kernels.to_float(row_of(m), x_dtype, channels, token);
+                if (in_bf16) std::memcpy(&bf16_x[i * bf16_stride], row_of(m), channels * sizeof(uint16_t));
                 int8_t* codes = a.codes + m * padded_k;
-                a.ascales[m] =
-                    kernels.quantize_token(&x[i * channels], channels, a.shift, reciprocal.get(), t.get(), codes);
+                a.ascales[m] = kernels.quantize_token(token, channels, a.shift, reciprocal.get(), t.get(), codes);
                 std::fill(codes + channels, codes + padded_k, int8_t{0});
             }
-            if (rank)
-                kernels.matmul(x.get(), channels, count, down.get(), rank, channels, rank, false,
-                               static_cast<float*>(a.lora_act) + begin * rank, rank);
+            float* lora_act = static_cast<float*>(a.lora_act) + begin * rank;
+            if (in_fp32) down.multiply(x.get(), stride, count, lora_act);
+            if (in_bf16) down.multiply(bf16_x.get(), bf16_stride, count, lora_act);
         }
     });
 }

@@ -8,8 +8,9 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,6 +41,7 @@ class LoadedPipeline:
         arithmetic: how the transformer is multiplied, in words.
         defaults: call arguments recommended by the pipeline's folder.
         load_seconds: time to load it, imports included.
+        loras: LoRA file -> strength.
     """
 
     pipeline: Any
@@ -48,6 +50,7 @@ class LoadedPipeline:
     arithmetic: str
     defaults: dict[str, Any]
     load_seconds: float
+    loras: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class GenerationReport:
     draw_seconds: float
     peak_memory_bytes: int
     peak_memory_of: str
+    loras: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -78,6 +82,7 @@ class GenerationReport:
             f"  {self.load_seconds:.1f} s to load, {self.draw_seconds:.1f} s to draw, peak memory "
             f"{self.peak_memory_bytes / 2**30:.2f} GiB ({self.peak_memory_of})\n"
             f"  transformer: {self.arithmetic}, {self.dtype}, on {self.device}"
+            + "".join(f"\n  LoRA: {file}, strength {strength:g}" for file, strength in self.loras.items())
         )
 
 
@@ -92,6 +97,12 @@ def parse_size(text: str) -> tuple[int, int]:
     if not all(16 <= side <= MAX_SIDE and side % 16 == 0 for side in sides):
         raise ValueError(f"size must be WIDTHxHEIGHT in multiples of 16 up to {MAX_SIDE}, e.g. 1024x768; got {text!r}")
     return sides
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """ "style.safetensors:0.8" -> (file, strength); the strength is 1 without a number behind a colon."""
+    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def check_steps(steps: int) -> int:
@@ -150,6 +161,7 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     arithmetic: str | None = None,
     offload: bool = False,
+    loras: Sequence[tuple[str, float]] = (),
 ) -> LoadedPipeline:
     """Load a FLUX pipeline to draw with.
 
@@ -161,6 +173,7 @@ def load_pipeline(
         dtype: name or torch dtype; default float16 on GPUs before sm_80, bfloat16 on other GPUs and on the CPU.
         arithmetic: how 4-bit layers are multiplied; default the device's best.
         offload: keep on the GPU only the part that runs.
+        loras: LoRA files to draw with, and their strengths.
 
     Raises:
         CheckpointError, ValueError: with a sentence that says what is wrong and what to do.
@@ -216,6 +229,7 @@ def load_pipeline(
             set_arithmetic(transformer, arithmetic)  # type: ignore[arg-type]  # checked above
     elif arithmetic is not None:
         raise ValueError(f"{model} is not quantised: there is no arithmetic to choose; run `nunchaku quantize` first")
+    load_loras(pipeline, loras)
     if offload:
         pipeline.enable_model_cpu_offload(device=place)
     else:
@@ -231,7 +245,37 @@ def load_pipeline(
         arithmetic=words,
         defaults=demo.defaults(local) if local.is_dir() else {},
         load_seconds=time.monotonic() - started,
+        loras=dict(loras),
     )
+
+
+ADAPTERS = "nunchaku.adapters"
+"""Entry-point group of functions that let diffusers put adapters on 4-bit layers; nunchaku-lora has one."""
+
+
+def load_loras(pipeline: Any, loras: Sequence[tuple[str, float]]) -> None:
+    """Load LoRA files onto a pipeline, all of them active.
+
+    Args:
+        pipeline: a diffusers pipeline with a `transformer`.
+        loras: files (or what else diffusers takes) and strengths.
+
+    Raises:
+        ValueError: a file does not fit the model, or the transformer is quantised and nunchaku-lora is not installed.
+    """
+    if not loras:
+        return
+    from nunchaku_models.layers import quantized_layers
+
+    found = entry_points(group=ADAPTERS)
+    if not found and quantized_layers(pipeline.transformer):
+        raise ValueError("LoRA on 4-bit layers needs the package nunchaku-lora; install it")
+    for entry in found:
+        entry.load()()
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for name, (file, _) in zip(names, loras, strict=True):
+        pipeline.load_lora_weights(file, adapter_name=name)
+    pipeline.set_adapters(names, [strength for _, strength in loras])
 
 
 def call_arguments(
@@ -330,6 +374,7 @@ def generate(
         draw_seconds=seconds,
         peak_memory_bytes=memory,
         peak_memory_of=what,
+        loras=loaded.loras,
     )
 
 

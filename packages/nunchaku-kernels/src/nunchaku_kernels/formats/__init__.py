@@ -14,6 +14,7 @@ from nunchaku_kernels.formats.awq import (
 )
 from nunchaku_kernels.formats.svdq import (
     SVDQWeights,
+    join_lowrank,
     pack_lowrank_down,
     pack_lowrank_up,
     pack_micro_scales,
@@ -35,6 +36,7 @@ __all__ = [
     "SVDQWeights",
     "fold_unit_scale",
     "from_channel_major",
+    "join_lowrank",
     "pack_awq",
     "pack_awq_int16",
     "pack_awq_scales",

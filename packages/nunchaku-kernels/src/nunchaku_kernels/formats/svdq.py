@@ -146,8 +146,8 @@ def pack_lowrank_down(down: torch.Tensor) -> torch.Tensor:
     rank, k = down.shape
     _require_lowrank("down", "K", k, rank)
     # R = 16-tile, half, row; K = 16-tile, half, pair, parity
-    tiles = down.reshape(rank // 16, 2, 8, k // 16, 2, 4, 2)
-    return tiles.permute(3, 0, 2, 5, 1, 4, 6).reshape(k, rank)
+    tiles = _permuted(down, (rank // 16, 2, 8, k // 16, 2, 4), (3, 0, 2, 5, 1, 4))
+    return tiles.reshape(k, rank)
 
 
 def unpack_lowrank_down(proj_down: torch.Tensor) -> torch.Tensor:
@@ -165,8 +165,8 @@ def pack_lowrank_up(up: torch.Tensor) -> torch.Tensor:
     n, rank = up.shape
     _require_lowrank("up", "N", n, rank)
     # N = 16-tile, half, row; R = 16-tile, half, pair, parity
-    tiles = up.reshape(n // 16, 2, 8, rank // 16, 2, 4, 2)
-    return tiles.permute(0, 3, 2, 5, 1, 4, 6).reshape(n, rank)
+    tiles = _permuted(up, (n // 16, 2, 8, rank // 16, 2, 4), (0, 3, 2, 5, 1, 4))
+    return tiles.reshape(n, rank)
 
 
 def unpack_lowrank_up(proj_up: torch.Tensor) -> torch.Tensor:
@@ -176,6 +176,31 @@ def unpack_lowrank_up(proj_up: torch.Tensor) -> torch.Tensor:
     _require_lowrank("proj_up", "N", n, rank)
     tiles = proj_up.reshape(n // 16, rank // 16, 8, 4, 2, 2, 2)
     return tiles.permute(0, 4, 2, 1, 5, 3, 6).reshape(n, rank)
+
+
+def _permuted(factor: torch.Tensor, pairs: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
+    """The pairs of neighbours of a matrix, seen in the shape `pairs`, in another order of axes; a pair stays together.
+
+    Pairs of 16-bit elements move as one word, twice as fast; a gradient needs the elements.
+    """
+    plain = not torch.compiler.is_compiling() and not factor.requires_grad and factor.element_size() == 2
+    if plain and factor.numel() and factor.is_contiguous() and factor.storage_offset() % 2 == 0:
+        return factor.view(torch.int32).view(pairs).permute(order).contiguous().view(factor.dtype)
+    return factor.reshape(*pairs, 2).permute(*order, len(order))
+
+
+def join_lowrank(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Published factors [C, R1] and [C, R2] of the same channels, side by side: [C, R1 + R2], `first` first.
+
+    Either order, down or up, is one of tiles of 16 channels by 16 ranks, so tiles move and their insides do not.
+    """
+    for name, factor in (("first", first), ("second", second)):
+        require_tensor(name, factor, (first.shape[0], None))
+        _require_lowrank(name, "C", first.shape[0], factor.shape[1])
+    tiles = [
+        factor.reshape(first.shape[0] // 16, factor.shape[1] // 16, 256).to(first.dtype) for factor in (first, second)
+    ]
+    return torch.cat(tiles, dim=1).reshape(first.shape[0], first.shape[1] + second.shape[1])
 
 
 def _require_lowrank(name: str, dimension: str, channels: int, rank: int) -> None:

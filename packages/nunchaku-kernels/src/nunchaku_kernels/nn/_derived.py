@@ -19,6 +19,8 @@ class _Source(NamedTuple):
     address: int
     version: int
     dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
     sampled: tuple[int, ...]
     samples: list[bytes]
 
@@ -30,12 +32,15 @@ class _Source(NamedTuple):
             and self.address == tensor.data_ptr()
             and self.version == _version(tensor)
             and self.dtype == tensor.dtype
+            and self.shape == tensor.shape
+            and self.stride == tensor.stride()
             and self.samples == _read(self.sampled)
         )
 
 
 class _Entry(NamedTuple):
     sources: tuple[_Source, ...]
+    key: object
     value: Any
 
 
@@ -53,15 +58,21 @@ class DerivedTensors:
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
-    def get(self, sources: tuple[torch.Tensor, ...], make: Callable[[], Any]) -> Any:
-        """The cached value, or `make()` if any of `sources` is not the tensor it was made from."""
+    def get(self, sources: tuple[torch.Tensor, ...], make: Callable[[], Any], key: object = None) -> Any:
+        """The cached value, or `make()` if any of `sources` is not the tensor it was made from.
+
+        Args:
+            sources: the tensors that the value depends on.
+            make: makes it.
+            key: whatever else it depends on, compared with `==`; equal keys come with equally many sources.
+        """
         entry = self._entry
-        if entry is not None and all(map(_Source.is_still, entry.sources, sources)):
+        if entry is not None and entry.key == key and all(map(_Source.is_still, entry.sources, sources)):
             return entry.value
         # Looked at before `make`: a write that arrives meanwhile is then seen as a change.
         seen = tuple(self._look_at(source) for source in sources)
         value = make()
-        self._entry = _Entry(seen, value)
+        self._entry = _Entry(seen, key, value)
         return value
 
     def clear(self) -> None:
@@ -84,6 +95,8 @@ class DerivedTensors:
             tensor.data_ptr(),
             _version(tensor),
             tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
             sampled,
             _read(sampled),
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 from nunchaku_kernels._checks import FLOAT_DTYPES
 from nunchaku_kernels.nn._derived import DerivedTensors
+from nunchaku_kernels.nn.adapters import Adapter, AdapterSet
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class QuantizedLinear(nn.Module):
         self.name = name
         self.origin = origin or (Origin(name, (0, out_features), (0, in_features)),)
         self._derived = DerivedTensors()
+        self._adapters = AdapterSet()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -65,6 +67,50 @@ class QuantizedLinear(nn.Module):
     def natural_bias(self) -> torch.Tensor | None:
         """The bias (out_features,) in natural order, or None."""
         raise NotImplementedError
+
+    def dequantize(self) -> torch.Tensor:
+        """The stored weight with the stored low-rank branch, (out_features, in_features) float32, rows in the order of
+        the original linears; without adapters."""
+        raise NotImplementedError
+
+    def attach(
+        self,
+        adapter: Adapter,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+        *,
+        last: bool = True,
+        keep: bool = True,
+    ) -> None:
+        """Let an adapter act on every path through this layer, beside the stored tensors, which stay as they are.
+
+        What it adds is computed from the raw input, in the dtype of the layer's low-rank factors.
+
+        Args:
+            adapter: asked for its terms on every call (see `nn.adapters`); attaching it twice changes nothing.
+            rows: the output rows that it adapts; default: all.
+            columns: which of the input columns of its linear the layer has; default: all.
+            last: whether these are its last columns.
+            keep: whether the layer holds a reference to it.
+
+        Raises:
+            ValueError, TypeError: the ranges do not fit the layer.
+        """
+        columns = columns or (0, self.in_features)
+        if columns[1] - columns[0] != self.in_features:
+            raise ValueError(f"{self.label()}: `columns` must be {self.in_features} columns, got {columns}")
+        self._adapters.attach(adapter, self._row_range(rows), columns, last=last, keep=keep)
+
+    def detach(self, adapter: Adapter) -> None:
+        """Take an adapter off again; nothing happens if it is not on the layer."""
+        self._adapters.detach(adapter)
+        if not self._adapters:
+            self.forget()
+
+    def detach_all(self) -> None:
+        """Take all adapters off."""
+        self._adapters = AdapterSet()
+        self.forget()
 
     def load_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over published tensors (no copy). Names and shapes must be those of the layer, and so must the dtypes,
@@ -123,7 +169,7 @@ class QuantizedLinear(nn.Module):
         return tensor.dtype == torch.float8_e4m3fn
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        self._derived.clear()  # moving a layer frees what was derived from its old tensors
+        self.forget()  # moving a layer frees what was derived from its old tensors
 
         def keeping_dtypes(tensor: torch.Tensor) -> torch.Tensor:
             if self._keeps_dtype(tensor):
@@ -131,6 +177,13 @@ class QuantizedLinear(nn.Module):
             return fn(tensor)
 
         return super()._apply(keeping_dtypes, recurse)
+
+    def forget(self) -> None:
+        """Free what was derived from registered tensors and adapters; it is made anew when it is needed.
+
+        Only for those who write into an adapter's tensors through `.data` on a GPU, which leaves no trace.
+        """
+        self._derived.clear()
 
     def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

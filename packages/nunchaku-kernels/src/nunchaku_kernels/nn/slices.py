@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nunchaku_kernels.nn.adapters import Adapter
 from nunchaku_kernels.nn.base import QuantizedLinear, check_input, drop_placeholder_weight
 
 
@@ -77,6 +78,29 @@ class LinearSlice(nn.Module):
             total = total + self._part(part, x[..., part.columns[0] : part.columns[1]])
         return total
 
+    def dequantize(self) -> torch.Tensor:
+        """The original weight as the owners store it, (out_features, in_features) float32; without adapters."""
+        return torch.cat([part.owner.dequantize()[slice(*part.rows)] for part in self.parts], dim=1)
+
+    def forget(self) -> None:
+        """See `QuantizedLinear.forget`, of all owners."""
+        for part in self.parts:
+            part.owner.forget()
+
+    def attach(self, adapter: Adapter, *, keep: bool = True) -> None:
+        """Let an adapter of the original linear act in the owners, on every path through them.
+
+        Args:
+            adapter, keep: see `QuantizedLinear.attach`.
+        """
+        for part in self.parts:
+            part.owner.attach(adapter, part.rows, part.columns, last=part is self.parts[-1], keep=keep)
+
+    def detach(self, adapter: Adapter) -> None:
+        """Take an adapter off the owners again; nothing happens if it is not on them."""
+        for part in self.parts:
+            part.owner.detach(adapter)
+
     @staticmethod
     def _part(part: SlicePart, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = part.owner(x, rows=part.rows)
@@ -97,3 +121,18 @@ class LinearSlice(nn.Module):
         """Shape, and the ranges of the owners."""
         ranges = ", ".join(f"rows {p.rows[0]}:{p.rows[1]} x columns {p.columns[0]}:{p.columns[1]}" for p in self.parts)
         return f"{self.in_features}, {self.out_features}, {ranges}"
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether calling a linear's owners does all that calling `module`, which has the linear's place, would do.
+
+    So it is with slices and 4-bit layers as they were made, and with a wrapper around one that has an attribute
+    `acts_on_owner` which is true: its adapters are attached to the owners. It is not with a hook, a replaced `forward`
+    or any other module.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if "forward" in vars(module) or any(hooks):
+        return False
+    if type(module) is LinearSlice or isinstance(module, QuantizedLinear):
+        return True
+    return bool(getattr(module, "acts_on_owner", False)) and is_fused(module.base_layer)  # type: ignore[arg-type]

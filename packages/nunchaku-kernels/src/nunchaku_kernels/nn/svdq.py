@@ -8,8 +8,9 @@ import torch
 from torch.nn.functional import pad
 
 from nunchaku_kernels._checks import ceil_to
-from nunchaku_kernels.formats import SVDQWeights, pack_svdq, unpack_vector
+from nunchaku_kernels.formats import SVDQWeights, pack_svdq, unpack_lowrank_down, unpack_lowrank_up, unpack_vector
 from nunchaku_kernels.nn._gradient import straight_through
+from nunchaku_kernels.nn._rank_axis import LowRank, RankAxis
 from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
 from nunchaku_kernels.ops import svdq_w4a16
 from nunchaku_kernels.ops._checks import ACTIVATIONS
@@ -97,6 +98,7 @@ class SVDQLinear(QuantizedLinear):
         self.wcscales = parameter((n,), dtype, device) if wcscales else None
         self.rank_scale: torch.Tensor | None
         self.register_buffer("rank_scale", None, persistent=False)
+        self._rank_axis = RankAxis()
 
     @classmethod
     def from_weights(
@@ -122,7 +124,7 @@ class SVDQLinear(QuantizedLinear):
 
     @property
     def rank(self) -> int:
-        """R, the width of the low-rank branch."""
+        """R, the width of the stored low-rank branch."""
         return self.proj_down.shape[1]
 
     @property
@@ -151,6 +153,16 @@ class SVDQLinear(QuantizedLinear):
     def natural_bias(self) -> torch.Tensor | None:
         return None if self.bias is None else unpack_vector(self.bias)[: self.out_features]
 
+    def dequantize(self) -> torch.Tensor:
+        weight = svdq_w4a16.dequantize(self.qweight, self.wscales, self.wtscale, self.wcscales, torch.float32)
+        weight = weight / unpack_vector(self.smooth_factor).float()
+        if self.rank:
+            up = unpack_lowrank_up(self.proj_up).float()
+            if self.rank_scale is not None:
+                up = up * self.rank_scale
+            weight = torch.addmm(weight, up, unpack_lowrank_down(self.proj_down).float())
+        return weight[: self.out_features, : self.in_features]
+
     def quantize(self, x: torch.Tensor) -> QuantizedActivation:
         """Quantise activations for this layer's arithmetic, and project them down, in one pass over x. No gradient.
 
@@ -161,7 +173,7 @@ class SVDQLinear(QuantizedLinear):
             ValueError: the arithmetic is "w4a16", which does not quantise activations, or x does not fit.
             TypeError: x is of another dtype.
         """
-        return self._quantize(self._rows_of_input(x), self.arithmetic)
+        return self._quantize(self._rows_of_input(x), self.arithmetic, self._low_rank())
 
     def forward(
         self,
@@ -200,13 +212,14 @@ class SVDQLinear(QuantizedLinear):
         if first != start:
             gate, residual = _widened(gate, start - first), _widened(residual, start - first)
         tail = _Tail(first, stop, activation, gate, residual, x.dtype)
+        low_rank = self._low_rank()
 
         if torch.is_grad_enabled():
-            run, surrogate = functools.partial(self._compute, tokens, tail), functools.partial(self._surrogate, tail)
-            low_rank = (self.proj_down, self.proj_up, self.bias, self.wcscales, self.rank_scale)
+            run = functools.partial(self._compute, tokens, tail, low_rank)
+            surrogate = functools.partial(self._surrogate, tail)
             y = straight_through(run, surrogate, tokens, gate, residual, *low_rank)
         else:
-            y = self._compute(tokens, tail)
+            y = self._compute(tokens, tail, low_rank)
         if first != start:
             y = y[:, start - first :]
         return y if x.dim() == 2 else y.reshape(shape)
@@ -229,10 +242,27 @@ class SVDQLinear(QuantizedLinear):
             raise ValueError(f"{self.label()}: arithmetic 'w4a16' takes 16-bit activations, got quantised ones")
         self._check_tail(activation, gate, residual)
         tail = _Tail(0, self.out_features, activation, gate, residual, out_dtype)
-        return self._multiply(arithmetic, x, None, tail)
+        return self._multiply(arithmetic, x, None, tail, self._low_rank())
 
-    def _quantize(self, x: torch.Tensor, arithmetic: Arithmetic) -> QuantizedActivation:
-        smooth, down = self.smooth_factor, self._branch(self.proj_down)
+    def _low_rank(self) -> LowRank:
+        """The tail's tensors, those of adapters included."""
+        stored = LowRank(self.proj_down, self.proj_up, self.rank_scale, self.bias, self.wcscales)
+        placed = self._adapters.placed() if self._adapters else None
+        if not placed:
+            return stored
+        at_zero = self._shifted_zero if self.shift else None
+        return self._rank_axis.extend(self.label(), self.in_features, self.out_features, stored, placed, at_zero)
+
+    def _shifted_zero(self) -> torch.Tensor:
+        """The main product for x = 0: the dequantised weight times the shift, (N) float32 in natural order."""
+        zero = torch.zeros(1, self.in_features, device=self.qweight.device)
+        product = svdq_w4a16.product(
+            zero, self.smooth_factor, self.shift, self.qweight, self.wscales, self.wtscale, self.wcscales
+        )
+        return product[0]
+
+    def _quantize(self, x: torch.Tensor, arithmetic: Arithmetic, low_rank: LowRank) -> QuantizedActivation:
+        smooth, down = self.smooth_factor, self._branch(low_rank.proj_down)
         operators = torch.ops.nunchaku_kernels
         match arithmetic:
             case "w4a8":
@@ -247,36 +277,45 @@ class SVDQLinear(QuantizedLinear):
                 )
         return QuantizedActivation(*parts)
 
-    def _compute(self, x: torch.Tensor, tail: "_Tail") -> torch.Tensor:
+    def _compute(self, x: torch.Tensor, tail: "_Tail", low_rank: LowRank) -> torch.Tensor:
         """`forward` of a matrix (M, in_features), by operators."""
         arithmetic = self.arithmetic
-        q = None if arithmetic == "w4a16" else self._quantize(x, arithmetic)
-        return self._multiply(arithmetic, q, x, tail)
+        q = None if arithmetic == "w4a16" else self._quantize(x, arithmetic, low_rank)
+        return self._multiply(arithmetic, q, x, tail, low_rank)
 
     def _multiply(
-        self, arithmetic: Arithmetic, q: QuantizedActivation | None, x: torch.Tensor | None, tail: "_Tail"
+        self,
+        arithmetic: Arithmetic,
+        q: QuantizedActivation | None,
+        x: torch.Tensor | None,
+        tail: "_Tail",
+        low_rank: LowRank,
     ) -> torch.Tensor:
         first, last = tail.first, ceil_to(tail.stop, ROW_BLOCK)
-        up, bias = self._rows(self._branch(self.proj_up), first, last), self._rows(self.bias, first, last)
-        low_rank = (up, self.rank_scale, self._channel_factors(first, last), bias)
+        up, bias = self._rows(self._branch(low_rank.proj_up), first, last), self._rows(low_rank.bias, first, last)
+        tensors = (up, low_rank.rank_scale, self._channel_factors(low_rank.wcscales, first, last), bias)
         keywords = tail.keywords()
         operators = torch.ops.nunchaku_kernels
         qweight = self._rows(self.qweight, first, last)
         if arithmetic == "w4a8":
             row_scales, multipliers = self._folded_scales()
             folded = self._rows(row_scales, first, last), self._rows(multipliers, first, last)
-            y = operators.w4a8_linear(*q, qweight, *folded, *low_rank, **keywords)  # type: ignore[misc]
+            y = operators.w4a8_linear(*q, qweight, *folded, *tensors, **keywords)  # type: ignore[misc]
         elif arithmetic == "w4a4":
             wscales = self._group_scales(first, last)
-            y = operators.w4a4_linear(*q, qweight, wscales, *low_rank, **keywords)  # type: ignore[misc]
+            y = operators.w4a4_linear(*q, qweight, wscales, *tensors, **keywords)  # type: ignore[misc]
         elif arithmetic == "nvfp4":
             wscales = self._group_scales(first, last)
-            y = operators.nvfp4_linear(*q, qweight, wscales, self.wtscale, *low_rank, **keywords)  # type: ignore[misc]
+            y = operators.nvfp4_linear(*q, qweight, wscales, self.wtscale, *tensors, **keywords)  # type: ignore[misc]
         else:
-            smooth, down, wscales = self.smooth_factor, self._branch(self.proj_down), self._group_scales(first, last)
+            smooth, down, wscales = (
+                self.smooth_factor,
+                self._branch(low_rank.proj_down),
+                self._group_scales(first, last),
+            )
             wtscale = self.wtscale if self.precision == "nvfp4" else None
             y = operators.svdq_w4a16_linear(
-                x, smooth, self.shift, down, qweight, wscales, wtscale, *low_rank, **keywords
+                x, smooth, self.shift, down, qweight, wscales, wtscale, *tensors, **keywords
             )
         return y
 
@@ -288,9 +327,9 @@ class SVDQLinear(QuantizedLinear):
         residual: torch.Tensor | None,
         proj_down: torch.Tensor,
         proj_up: torch.Tensor,
+        rank_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         wcscales: torch.Tensor | None,
-        rank_scale: torch.Tensor | None,
     ) -> torch.Tensor:
         """`forward` as differentiable torch, on the dequantised weight."""
         first, last = tail.first, ceil_to(tail.stop, ROW_BLOCK)
@@ -339,9 +378,9 @@ class SVDQLinear(QuantizedLinear):
         blocks = self.wscales.reshape(n // ROW_BLOCK, groups * ROW_BLOCK)
         return blocks[first // ROW_BLOCK : last // ROW_BLOCK].reshape(groups, last - first)
 
-    def _channel_factors(self, first: int, last: int) -> torch.Tensor | None:
+    def _channel_factors(self, wcscales: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
         """`wcscales` of rows first..last; with int4, whose products know no per-tensor factor, times `wtscale`."""
-        factors = self._rows(self.wcscales, first, last)
+        factors = self._rows(wcscales, first, last)
         if self.wtscale is None or self.precision == "nvfp4":
             return factors
         whole = self.wtscale.float()
@@ -361,6 +400,10 @@ class SVDQLinear(QuantizedLinear):
         except ValueError as error:
             raise ValueError(f"{self.label()}: {error}") from error
         return folded
+
+    def forget(self) -> None:
+        super().forget()
+        self._rank_axis.clear()
 
     def _branch(self, factor: torch.Tensor) -> torch.Tensor | None:
         return factor if factor.shape[1] else None

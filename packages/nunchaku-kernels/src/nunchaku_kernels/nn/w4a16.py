@@ -1,6 +1,9 @@
 """Weight-only 4-bit layers: `W4A16Linear` (text encoders) and `ModulationLinear` (adaptive layer norms)."""
 
+from collections.abc import Sequence
+
 import torch
+from torch.nn.functional import linear
 
 from nunchaku_kernels._checks import require_multiple
 from nunchaku_kernels.formats import (
@@ -10,7 +13,21 @@ from nunchaku_kernels.formats import (
     unpack_awq,
     unpack_awq_scales,
 )
+from nunchaku_kernels.nn._derived import DerivedTensors
 from nunchaku_kernels.nn._gradient import straight_through
+from nunchaku_kernels.nn.adapters import (
+    Group,
+    PlacedTerm,
+    check_terms,
+    group_terms,
+    needs_gradient,
+    stacked_down,
+    stacked_up,
+    strength_pattern,
+    strength_vector,
+    summed,
+    tensors_of,
+)
 from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
 from nunchaku_kernels.ops.w4a16 import GROUP_SIZES
 from nunchaku_kernels.reference import w4a16 as reference
@@ -59,6 +76,7 @@ class W4A16Linear(QuantizedLinear):
         self.wscales = parameter((groups, out_features), dtype, device)
         self.wzeros = parameter((groups, out_features), dtype, device)
         self.bias = parameter((out_features,), dtype, device) if bias else None
+        self._factors = DerivedTensors()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -66,6 +84,12 @@ class W4A16Linear(QuantizedLinear):
 
     def natural_bias(self) -> torch.Tensor | None:
         return self.bias
+
+    def dequantize(self) -> torch.Tensor:
+        scales, zeros = (
+            unpack_awq_scales(tensor, self.in_features, self.group_size) for tensor in (self.wscales, self.wzeros)
+        )
+        return reference.dequantize(unpack_awq(self.qweight), scales, zeros).float()
 
     def forward(self, x: torch.Tensor, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features) in the stored order, in the dtype of x.
@@ -80,8 +104,55 @@ class W4A16Linear(QuantizedLinear):
         """
         tokens = self._rows_of_input(x)
         start, stop = self._row_range(rows)
-        y = straight_through(lambda: self._run(tokens), self._surrogate, tokens, self.bias)
+        y = self._with_adapters(tokens, self._product(tokens), self.bias)
         return y[:, start:stop].reshape(*x.shape[:-1], stop - start)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (M, in_features) -> (M, out_features) in the stored order, without adapters."""
+        return straight_through(lambda: self._run(x), self._surrogate, x, self.bias)
+
+    def _with_adapters(self, x: torch.Tensor, y: torch.Tensor, own_bias: torch.Tensor | None) -> torch.Tensor:
+        """y (M, out_features), in the order of the original linear, plus what adapters add to it.
+
+        Args:
+            x: (M, in_features).
+            y: W x + `own_bias`.
+        """
+        placed = self._adapters.placed() if self._adapters else None
+        if not placed:
+            return y
+        down, up, scale = self._branch(placed)
+        hidden = linear(x, down.to(x.dtype)).float() * scale
+        branch = linear(hidden.to(x.dtype), up.to(x.dtype)).float()
+        bias, gain = (summed(placed, field, self.out_features, x.device) for field in ("bias", "gain"))
+        if bias is not None:
+            branch = branch + bias
+        if gain is not None:
+            branch = branch + gain * (y.float() if own_bias is None else y.float() - own_bias.float())
+        return (y.float() + branch).to(y.dtype)
+
+    def _branch(self, placed: Sequence[PlacedTerm]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Down factors (R, in_features), up factors (out_features, R) and float32 strengths (R) of all terms."""
+        device = self.qweight.device
+
+        def make(share: bool) -> tuple[list[Group], torch.Tensor, torch.Tensor]:
+            check_terms(self.label(), placed)
+            groups = group_terms(placed, share)
+            down = stacked_down(groups, self.compute_dtype, device)
+            return groups, down, stacked_up(groups, self.out_features, self.compute_dtype, device)
+
+        def make_kept() -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
+                groups, down, up = make(share=True)
+            return tuple(next(i for i, item in enumerate(placed) if item is group.first) for group in groups), down, up
+
+        if torch.compiler.is_compiling() or needs_gradient(placed):
+            groups, down, up = make(share=False)
+        else:
+            key = (tuple(item[1:] for item in placed), strength_pattern(placed))
+            firsts, down, up = self._factors.get(tensors_of(placed, "down", "up"), make_kept, key)
+            groups = [Group(placed[i], []) for i in firsts]
+        return down, up, strength_vector(groups, down.shape[0], device)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.nunchaku_kernels.w4a16_linear(
@@ -94,6 +165,10 @@ class W4A16Linear(QuantizedLinear):
             unpack_awq_scales(tensor, self.in_features, self.group_size) for tensor in (self.wscales, self.wzeros)
         )
         return reference.linear(x, unpack_awq(self.qweight), scales, zeros, bias)
+
+    def forget(self) -> None:
+        super().forget()
+        self._factors.clear()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, group_size={self.group_size}"
@@ -123,10 +198,18 @@ class ModulationLinear(W4A16Linear):
             return None
         return unfold_unit_scale(from_channel_major(self.bias, self.num_chunks), self.num_chunks)
 
+    def dequantize(self) -> torch.Tensor:
+        return super().dequantize().unflatten(0, (-1, self.num_chunks)).transpose(0, 1).flatten(0, 1)
+
     def chunks(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x (B, in_features) -> `num_chunks` tensors (B, D): use `x * scale + shift`, the 1 is in the scale."""
-        y = super().forward(x)
-        return y.unflatten(-1, (-1, self.num_chunks)).unbind(-1)
+        tokens = self._rows_of_input(x)
+        y = self._product(tokens).unflatten(-1, (-1, self.num_chunks))
+        if self._adapters:
+            bias = None if self.bias is None else from_channel_major(self.bias, self.num_chunks)
+            natural = self._with_adapters(tokens, y.transpose(1, 2).flatten(1), bias)
+            y = natural.unflatten(-1, (self.num_chunks, -1)).transpose(1, 2)
+        return y.reshape(*x.shape[:-1], -1, self.num_chunks).unbind(-1)
 
     def forward(self, x: torch.Tensor, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features), chunk-major, scale chunks without the folded 1."""

@@ -11,6 +11,7 @@ needs no network.
 
   nunchaku generate "a red apple, noto style" -o apple.png
   nunchaku generate "a cat" -o cat.png --model my-pipeline-int4/
+  nunchaku generate "a cat" -o cat.png --model my-pipeline-int4/ --lora style.safetensors:0.8
   nunchaku generate "a cat" -o cat.png --model svdq-int4_r32-flux.1-dev.safetensors --base black-forest-labs/FLUX.1-dev
 
 MODEL is a diffusers pipeline folder (4-bit or not), a hub id of one, or a transformer file together with --base, the
@@ -35,6 +36,13 @@ def register(subparsers: Any) -> None:
         "--model", metavar="MODEL", help="pipeline folder, hub id, or transformer file (default: the demo)"
     )
     parser.add_argument("--base", metavar="PIPELINE", help="pipeline that completes a transformer file")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA file to draw with, and its strength (1); may be given several times",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise; the same on every device (0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
     parser.add_argument("--size", metavar="WxH", help="pixels, e.g. 1024x768 or 1024 (default: the model's own)")
@@ -56,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         check_steps,
         generate,
         load_pipeline,
+        parse_lora,
         parse_size,
     )
 
@@ -73,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         arithmetic=args.arithmetic,
         offload=args.offload,
+        loras=[parse_lora(text) for text in args.lora],
     )
     report = generate(
         loaded,

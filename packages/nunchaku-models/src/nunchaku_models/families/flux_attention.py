@@ -6,16 +6,15 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
-from torch import nn
 
-from nunchaku_kernels.nn import LinearSlice, QuantizedLinear
+from nunchaku_kernels.nn import QuantizedLinear, is_fused
 
 
 class NunchakuFluxAttnProcessor:
     """Drop-in for diffusers' `FluxAttnProcessor`.
 
-    The fused layer is used only while the slices under the original names are untouched: a slice that was wrapped by
-    an adapter or carries a hook is called itself, so that nothing attached to it is ignored.
+    The fused layer is used only while it does all that the modules under the original names would (`is_fused`): a slice
+    that carries a hook, or an adapter that acts outside the fused layer, is called itself, so that nothing is ignored.
     """
 
     _attention_backend = None
@@ -60,16 +59,10 @@ class NunchakuFluxAttnProcessor:
 def _project(attn: Any, x: Any, owner_name: str, names: Sequence[str]) -> Sequence[torch.Tensor]:
     slices = [getattr(attn, name) for name in names]
     owner = getattr(attn, owner_name, None)
-    if isinstance(owner, QuantizedLinear) and all(is_untouched(module) for module in slices):
+    if isinstance(owner, QuantizedLinear) and all(map(is_fused, slices)):
         fused: torch.Tensor = owner(x)
         return fused.chunk(len(slices), dim=-1)
     return [module(x) for module in slices]
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether a slice is as it was made: neither wrapped, nor hooked, nor with a replaced `forward`."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is LinearSlice and "forward" not in vars(module) and not any(hooks)
 
 
 def _heads(attn: Any, projections: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,0 +1,169 @@
+"""What the kernels read of an `SVDQLinear` that has adapters: its own low-rank branch, longer by their ranks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from nunchaku_kernels._checks import ceil_to
+from nunchaku_kernels.formats import (
+    join_lowrank,
+    pack_lowrank_down,
+    pack_lowrank_up,
+    pack_vector,
+    unpack_lowrank_up,
+)
+from nunchaku_kernels.formats.svdq import RANK_ALIGNMENT
+from nunchaku_kernels.nn._derived import DerivedTensors
+from nunchaku_kernels.nn.adapters import (
+    Group,
+    PlacedTerm,
+    check_terms,
+    group_terms,
+    needs_gradient,
+    stacked_down,
+    stacked_up,
+    strength_pattern,
+    strength_vector,
+    strengths_of,
+    summed,
+    tensors_of,
+)
+
+
+class LowRank(NamedTuple):
+    """The tensors of a layer's tail in the published order, N and K padded: `proj_down` (K, R), `proj_up` (N, R),
+    `rank_scale` (R) float32 or None, `bias` (N) or None, `wcscales` (N) or None."""
+
+    proj_down: torch.Tensor
+    proj_up: torch.Tensor
+    rank_scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    wcscales: torch.Tensor | None
+
+
+class _Factors(NamedTuple):
+    proj_down: torch.Tensor
+    proj_up: torch.Tensor
+    groups: tuple[tuple[int, int], ...]  # index of the first term, and the ranks
+
+
+class _Vectors(NamedTuple):
+    rank_scale: torch.Tensor
+    bias: torch.Tensor | None
+    wcscales: torch.Tensor | None
+
+
+class RankAxis:
+    """Joins stored and adapters' factors: the factors when one of them changes, a few vectors when a strength does.
+
+    In a compiled graph, and where a gradient towards a factor is asked for, everything is made anew by differentiable
+    operations.
+    """
+
+    def __init__(self) -> None:
+        self._factors = DerivedTensors()
+        self._vectors = DerivedTensors()
+
+    def clear(self) -> None:
+        """Free what was made."""
+        self._factors.clear()
+        self._vectors.clear()
+
+    def extend(
+        self,
+        label: str,
+        in_features: int,
+        out_features: int,
+        stored: LowRank,
+        placed: Sequence[PlacedTerm],
+        at_zero: Callable[[], torch.Tensor] | None,
+    ) -> LowRank:
+        """`stored` with the terms of adapters.
+
+        Args:
+            label: how error messages call the layer.
+            in_features, out_features: of the layer, before padding.
+            stored: the layer's own.
+            placed: at least one term.
+            at_zero: gives what the main product is for x = 0, (N) in natural order, where that is not 0: a row's gain
+                must scale W x and leave W times the layer's shift.
+
+        Raises:
+            ValueError: a term's shapes are not those of its place.
+        """
+        if torch.compiler.is_compiling() or needs_gradient(placed):
+            check_terms(label, placed)
+            groups = group_terms(placed, share=False)
+            down, up = _join(in_features, out_features, stored, placed, groups)
+            return LowRank(down, up, *_vectors(stored, placed, groups, down.shape[1], at_zero))
+        strengths = strengths_of(placed)
+        gains = tensors_of(placed, "gain")
+        # With gains, the stored up factor is scaled by a strength too.
+        layout: Any = (tuple(item[1:] for item in placed), strength_pattern(placed), strengths if gains else None)
+
+        def make_factors() -> _Factors:
+            check_terms(label, placed)
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
+                groups = group_terms(placed, share=True)
+                down, up = _join(in_features, out_features, stored, placed, groups)
+            firsts = [next(i for i, item in enumerate(placed) if item is group.first) for group in groups]
+            return _Factors(down, up, tuple((i, placed[i].term.down.shape[0]) for i in firsts))
+
+        def make_vectors() -> _Vectors:
+            with torch.inference_mode(False), torch.no_grad():
+                groups = [Group(placed[i], []) for i, _ in factors.groups]
+                return _vectors(stored, placed, groups, factors.proj_down.shape[1], at_zero)
+
+        sources = (stored.proj_down, stored.proj_up, *tensors_of(placed, "down", "up"), *gains)
+        if gains:
+            sources += tensors_of(placed, "strength")
+        factors: _Factors = self._factors.get(sources, make_factors, layout)
+        own = tuple(tensor for tensor in stored[2:] if tensor is not None)
+        sources = (factors.proj_down, *own, *tensors_of(placed, "strength", "bias", "gain"))
+        vectors: _Vectors = self._vectors.get(sources, make_vectors, (layout, strengths, factors.groups))
+        return LowRank(factors.proj_down, factors.proj_up, *vectors)
+
+
+def _join(
+    in_features: int, out_features: int, stored: LowRank, placed: Sequence[PlacedTerm], groups: Sequence[Group]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width, height = stored.proj_down.shape[0], stored.proj_up.shape[0]
+    device = stored.proj_down.device
+    down = stacked_down(groups, stored.proj_down.dtype, device)
+    up = stacked_up(groups, out_features, stored.proj_up.dtype, device)
+    more = ceil_to(down.shape[0], RANK_ALIGNMENT) - down.shape[0]
+    down = pack_lowrank_down(pad(down, (0, width - in_features, 0, more)))
+    up = pack_lowrank_up(pad(up, (0, more, 0, height - out_features)))
+    own_up, factor = stored.proj_up, summed(placed, "gain", height, device)
+    if factor is not None and own_up.shape[1]:
+        scaled = unpack_lowrank_up(own_up).float() * (1 + factor).unsqueeze(1)
+        own_up = pack_lowrank_up(scaled.to(own_up.dtype))
+    return join_lowrank(stored.proj_down, down), join_lowrank(own_up, up)
+
+
+def _vectors(
+    stored: LowRank,
+    placed: Sequence[PlacedTerm],
+    groups: Sequence[Group],
+    rank: int,
+    at_zero: Callable[[], torch.Tensor] | None,
+) -> _Vectors:
+    own, device, height = stored.proj_down.shape[1], stored.proj_down.device, stored.proj_up.shape[0]
+    scale = stored.rank_scale
+    if scale is None:
+        scale = torch.ones(own, dtype=torch.float32, device=device)
+    rank_scale = torch.cat([scale, strength_vector(groups, rank - own, device)])
+    bias, more = stored.bias, summed(placed, "bias", height, device)
+    wcscales, gain = stored.wcscales, summed(placed, "gain", height, device)
+    if gain is not None and at_zero is not None:
+        surplus = gain * at_zero()
+        more = -surplus if more is None else more - surplus
+    if more is not None:
+        more = pack_vector(more)
+        bias = more if bias is None else bias.float() + more
+    if gain is not None:
+        factor = pack_vector(1 + gain)
+        wcscales = factor if wcscales is None else wcscales.float() * factor
+    return _Vectors(rank_scale, bias, wcscales)

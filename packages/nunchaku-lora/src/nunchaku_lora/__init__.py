@@ -1,0 +1,49 @@
+"""LoRA on 4-bit diffusion transformers, through the ordinary PEFT and diffusers calls.
+
+Call `enable()` once; see the README.
+"""
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nunchaku_lora.adapters import reset, set_strength
+    from nunchaku_lora.loading import LoadReport, load_lora_weights, report
+    from nunchaku_lora.registration import disable, enable, is_enabled
+
+__version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+_LAZY = {
+    "LoadReport": "nunchaku_lora.loading",
+    "disable": "nunchaku_lora.registration",
+    "enable": "nunchaku_lora.registration",
+    "is_enabled": "nunchaku_lora.registration",
+    "load_lora_weights": "nunchaku_lora.loading",
+    "report": "nunchaku_lora.loading",
+    "reset": "nunchaku_lora.adapters",
+    "set_strength": "nunchaku_lora.adapters",
+}
+__all__ = [
+    "LoadReport",
+    "disable",
+    "enable",
+    "is_enabled",
+    "load_lora_weights",
+    "report",
+    "reset",
+    "set_strength",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers and peft take seconds to import; `nunchaku --help` should not wait for them
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
