@@ -250,6 +250,46 @@ def test_two_halves_are_the_whole(random_weights: RandomWeights) -> None:
                 layer.forward_quantized(q, x.dtype)
 
 
+@pytest.mark.parametrize("arithmetic", ["w4a8", "w4a4", "w4a16"])
+@given(
+    samples=st.integers(1, 3),
+    tokens=st.integers(1, 5),
+    first=st.integers(0, 2),
+    normed=st.booleans(),
+    rotated=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=15, deadline=None)
+def test_heads_are_those_of_the_whole(
+    random_weights: RandomWeights,
+    arithmetic: Any,
+    samples: int,
+    tokens: int,
+    first: int,
+    normed: bool,
+    rotated: bool,
+    dtype: torch.dtype,
+) -> None:
+    layer = small(random_weights, n=768)
+    layer.set_arithmetic(arithmetic)
+    x = randn(samples, tokens, 192, dtype=dtype)
+    norms: dict[str, Any] = {}
+    if normed:
+        norms = {"norm_q": randn(128, seed=1), "norm_k": randn(128, seed=2), "eps": 1e-5}
+    rotary = randn(tokens, 64, 2, seed=3).float() if rotated else None
+    out = torch.full((3, samples, 2, first + tokens + 1, 128), 7.0, dtype=dtype)
+    with torch.no_grad():
+        layer.forward_heads(x, out, first, rotary=rotary, **norms)
+        y = layer(x).flatten(0, 1)
+    expected = reference.heads.split_heads(y, samples, rotary=rotary, **norms)
+    torch.testing.assert_close(out[:, :, :, first : first + tokens], expected, rtol=1e-5, atol=1e-6)
+    assert (out[:, :, :, :first] == 7).all()
+    assert (out[:, :, :, first + tokens :] == 7).all()
+    with pytest.raises(ValueError, match=r"block\.linear.*forward_heads"):
+        layer.forward_heads(x[0], out)
+    assert not layer.fuses_heads(x)  # on a CPU it spares nothing
+
+
 def test_from_weights_of_a_quantised_linear_is_close_to_it() -> None:
     weight, bias, x = randn(96, 128).float() * 0.05, randn(96).float(), randn(5, 128)
     exact = x.float() @ weight.t() + bias

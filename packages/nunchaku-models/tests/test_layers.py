@@ -176,6 +176,45 @@ def test_split_linear_can_be_wrapped(model: Any, forward: Forward, transformer16
     assert error(forward(model), forward(other)) < 0.15
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_that_layers_finish_themselves(
+    make_transformer: Any,
+    forward: Forward,
+    error: Error,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    batch: int,
+) -> None:
+    """On CUDA fused layers norm, rotate and arrange heads; here they are made to, by torch operations."""
+    original = make_transformer(attention_head_dim=128, num_attention_heads=2, axes_dims_rope=(16, 56, 56))
+    original.save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out.safetensors", progress=False)
+    model = NunchakuFluxTransformer2DModel.from_pretrained(tmp_path / "out.safetensors")
+    calls = []
+    finish = SVDQLinear.forward_heads
+
+    def counted(layer: SVDQLinear, *args: Any, **kwargs: Any) -> None:
+        calls.append(layer.name)
+        finish(layer, *args, **kwargs)
+
+    monkeypatch.setattr(SVDQLinear, "forward_heads", counted)
+    expected = forward(model, batch)
+    assert not calls
+    monkeypatch.setattr(SVDQLinear, "fuses_heads", lambda layer, x: not torch.is_grad_enabled())
+    with torch.no_grad():
+        assert error(forward(model, batch), expected) < 0.02  # the norm's result is not rounded in between
+    fused = 2 * len(model.transformer_blocks) + len(model.single_transformer_blocks)
+    assert len(calls) == fused
+
+    hooked = []
+    norm = model.transformer_blocks[0].attn.norm_added_q
+    norm.register_forward_hook(lambda module, args, output: hooked.append(module))
+    calls.clear()
+    forward(model, batch)
+    assert hooked == [norm]  # nothing that is attached to a norm is left out
+    assert len(calls) == fused - 2
+
+
 # ----------------------------------------------------------------- ways of being used
 
 

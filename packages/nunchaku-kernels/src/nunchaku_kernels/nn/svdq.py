@@ -16,6 +16,7 @@ from nunchaku_kernels.ops import svdq_w4a16
 from nunchaku_kernels.ops._checks import ACTIVATIONS
 from nunchaku_kernels.ops._unpack import lowrank_activation, reference_epilogue
 from nunchaku_kernels.ops.arithmetic import Arithmetic, check_arithmetic, default_arithmetic
+from nunchaku_kernels.reference.heads import split_heads
 
 ROW_BLOCK = 128
 GELU_SHIFT = 0.171875
@@ -24,7 +25,7 @@ GELU_SHIFT = 0.171875
 
 class QuantizedActivation(NamedTuple):
     """What the first half of an `SVDQLinear` hands to the second: opaque codes and scales, and the low-rank hidden
-    state (M, R) float32."""
+    state (M, R), float32 or on CUDA the dtype of the factors."""
 
     codes: torch.Tensor
     ascales: torch.Tensor
@@ -243,6 +244,53 @@ class SVDQLinear(QuantizedLinear):
         self._check_tail(activation, gate, residual)
         tail = _Tail(0, self.out_features, activation, gate, residual, out_dtype)
         return self._multiply(arithmetic, x, None, tail, self._low_rank())
+
+    def fuses_heads(self, x: torch.Tensor) -> bool:
+        """Whether `forward_heads` of x spares memory traffic: on CUDA, in 16 bits, without gradients."""
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        return x.is_cuda and half and not torch.is_grad_enabled() and self.arithmetic_on(x.device) == "w4a8"
+
+    def forward_heads(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        first_token: int = 0,
+        *,
+        norm_q: torch.Tensor | None = None,
+        norm_k: torch.Tensor | None = None,
+        eps: float = 1e-6,
+        rotary: torch.Tensor | None = None,
+    ) -> None:
+        """Attention heads of 128 channels out of a fused q, k and v: `reference.heads.split_heads` of `forward`.
+
+        No gradient. Any arithmetic and device; where `fuses_heads` says so, without q, k and v in between.
+
+        Args:
+            x: (B, T, in_features).
+            out: (3, B, H, T', 128), contiguous, of the dtype of x: q, k and v of heads, filled from `first_token` on.
+            first_token: where in `out` the T tokens of x go; the others stay as they are.
+            norm_q, norm_k, eps, rotary: see `split_heads`; rotary has T rows.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it.
+        """
+        tokens = self._rows_of_input(x)
+        if x.dim() != 3 or out.dtype != x.dtype:
+            raise ValueError(
+                f"{self.label()}: `forward_heads` takes x (B, T, {self.in_features}) and `out` of its dtype, got "
+                f"{tuple(x.shape)} {x.dtype} and {out.dtype}"
+            )
+        if self.arithmetic != "w4a8" or self.out_features % ROW_BLOCK:
+            heads = split_heads(self(x).flatten(0, 1), x.shape[0], norm_q=norm_q, norm_k=norm_k, eps=eps, rotary=rotary)
+            out[:, :, :, first_token : first_token + x.shape[1]] = heads
+            return
+        low_rank = self._low_rank()
+        q = self._quantize(tokens, "w4a8", low_rank)
+        factors = self._channel_factors(low_rank.wcscales, 0, self.out_features)
+        torch.ops.nunchaku_kernels.w4a8_linear_heads(
+            *q, self.qweight, *self._folded_scales(), self._branch(low_rank.proj_up), low_rank.rank_scale, factors,
+            low_rank.bias, norm_q, norm_k, eps, rotary, out, first_token,
+        )  # fmt: skip
 
     def _low_rank(self) -> LowRank:
         """The tail's tensors, those of adapters included."""
