@@ -17,6 +17,7 @@ from nunchaku_kernels.nn import SVDQLinear, W4A16Linear
 from nunchaku_kernels.nn.base import QuantizedLinear
 from nunchaku_kernels.ops import _native
 from nunchaku_kernels.quantize import quantize_svdq, quantize_w4a16
+from nunchaku_kernels.reference.heads import split_heads
 
 pytestmark = pytest.mark.cuda
 
@@ -93,6 +94,27 @@ def test_svdq_layers_are_those_of_the_cpu(random_weights: RandomWeights, data: s
         if rows is None:
             halves = on_gpu.forward_quantized(on_gpu.quantize(x.to(GPU)), x_dtype, **tail_on_gpu)
             assert torch.equal(halves, on_gpu(x.to(GPU), **tail_on_gpu))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("tokens", [5, 333])
+@pytest.mark.parametrize("rank", [0, 48])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_of_a_layer(
+    random_weights: RandomWeights, samples: int, tokens: int, rank: int, dtype: torch.dtype
+) -> None:
+    layer = SVDQLinear.from_weights(random_weights(768, 256, rank=rank, dtype=dtype)).to(GPU)
+    x = randn(samples, tokens, 256, dtype=dtype).to(GPU)
+    norms = [randn(128, seed=seed, dtype=dtype).to(GPU) for seed in (1, 2)]
+    rotary = randn(tokens, 64, 2, seed=3, dtype=torch.float32).to(GPU)
+    out = torch.zeros(3, samples, 2, tokens + 3, 128, dtype=dtype, device=GPU)
+    assert not layer.fuses_heads(x)
+    with torch.no_grad():
+        assert layer.fuses_heads(x)
+        layer.forward_heads(x, out, 2, norm_q=norms[0], norm_k=norms[1], rotary=rotary)
+        expected = split_heads(layer(x).flatten(0, 1), samples, norm_q=norms[0], norm_k=norms[1], rotary=rotary)
+    close(out[:, :, :, 2:-1], expected)
+    assert not out[:, :, :, :2].any() and not out[:, :, :, -1].any()
 
 
 @pytest.mark.parametrize("rows", [None, (0, 128), (5, 77), (100, 200)])
