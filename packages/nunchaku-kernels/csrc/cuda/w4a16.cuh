@@ -122,6 +122,15 @@ struct WarpWeights {
                                   block < p.blocks && 0 < source.scale_channels);
     }
 
+    // Brings the codes that `copy` will ask for to L2.
+    __device__ static __forceinline__ void prefetch(const W4a16& p, const Source& source, int chunk) {
+        const uint16_t* codes = source.codes + static_cast<size_t>(chunk) * kChunkInputs;
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+            if (2 * chunk + source.block < p.blocks && 8 * row < source.channels)
+                ptx::prefetch_to_l2(codes + row * source.row_stride);
+    }
+
     // After the copies have arrived, and a __syncwarp; places were lanes.
     __device__ __forceinline__ void load(const uint8_t* source, int lane) {
         const uint16_t* scale = reinterpret_cast<const uint16_t*>(source + kCodeBytes) + lane % 4 / 2 * kChannels;

@@ -127,13 +127,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident) gemv(const __grid_c
         if (chunk < chunks) copy_tokens(p, chunk, ring + slot * stage_bytes + Weights::kBytes, lane);
         ptx::commit_copies();
     };
-    // The kernel before this one may still run, if it is one that allows it: such a one writes no weights.
+    // The kernel before this one may still run, and may have written weights: they are brought near, but not read.
 #pragma unroll
-    for (int i = 0; i < S::kDepth - 1; ++i) copy_weights(warp + i * S::kWarps, i);
+    for (int i = 0; i < S::kDepth - 1; ++i)
+        if (warp + i * S::kWarps < chunks) Weights::prefetch(p, source, warp + i * S::kWarps);
     ptx::wait_for_kernels_before();
     ptx::allow_next_kernel();
 #pragma unroll
-    for (int i = 0; i < S::kDepth - 1; ++i) copy_x(warp + i * S::kWarps, i);
+    for (int i = 0; i < S::kDepth - 1; ++i) {
+        copy_weights(warp + i * S::kWarps, i);
+        copy_x(warp + i * S::kWarps, i);
+    }
 
     float sums[S::kStrips][S::kBlocks][4] = {};
     for (int chunk = warp, slot = 0; chunk < chunks; chunk += S::kWarps, slot = slot + 1 == S::kDepth ? 0 : slot + 1) {
