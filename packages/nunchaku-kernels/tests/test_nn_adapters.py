@@ -404,3 +404,15 @@ def test_dequantised_weights_are_what_layers_multiply_with(random_weights: Rando
         module.attach(item)
         assert relative(module.dequantize(), weight) < 1e-5
         module.detach(item)
+
+
+def test_a_strength_that_is_no_number_spoils_the_result_and_nothing_else(random_weights: RandomWeights) -> None:
+    layer = SVDQLinear.from_weights(random_weights(128, 128, rank=16))
+    x = randn(2, 128, dtype=torch.bfloat16)
+    item = adapter(128, 128, 4, strength=float("nan"))
+    with torch.no_grad():
+        before = layer(x)
+        layer.attach(item)
+        assert layer(x).isnan().all()
+        item.strength = 0.0
+        assert torch.equal(layer(x), before)

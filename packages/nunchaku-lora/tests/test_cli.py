@@ -148,3 +148,9 @@ def test_bad_input_ends_in_one_sentence(kohya: Path, tmp_path: Path, capsys: pyt
         assert message in error
         assert error.count("\n") == 1
     assert not Path(output).exists()
+
+
+@pytest.mark.parametrize("strength", ["x", "nan", "1,5", ""])
+def test_strengths_that_are_no_numbers_are_said_so(kohya: Path, strength: str) -> None:
+    with pytest.raises(ValueError, match="must be a number"):
+        parse_file(f"{kohya}:{strength}")

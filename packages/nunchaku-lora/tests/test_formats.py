@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -651,6 +652,34 @@ def test_configurations_give_alpha(make_pipe: Any, weight_of: Any, tmp_path: Pat
     pipe.load_lora_weights(tmp_path, strict=True)
     expected = {path: delta * (0.5 if path.endswith("to_k") else 4.0) for path, delta in deltas(pairs()).items()}
     assert_change(weights(pipe.transformer, weight_of), before, expected)
+
+
+def test_metadata_of_diffusers_gives_alpha(make_pipe: Any, weight_of: Any, tmp_path: Path) -> None:
+    """diffusers writes the configuration of each model of a pipeline under the model's name."""
+    pipe = make_pipe()
+    before = weights(pipe.transformer, weight_of)
+    metadata = {"transformer.lora_alpha": 8, "transformer.r": 4, "transformer.alpha_pattern": {"to_k": 1}}
+    metadata["text_encoder.lora_alpha"] = 100
+    file = tmp_path / "it.safetensors"
+    save_file(diffusers_file(), file, metadata={"lora_adapter_metadata": json.dumps(metadata)})
+    pipe.load_lora_weights(file, strict=True)
+    expected = {path: delta * (0.25 if path.endswith("to_k") else 2.0) for path, delta in deltas(pairs()).items()}
+    assert_change(weights(pipe.transformer, weight_of), before, expected)
+
+
+def test_what_the_pipeline_saves_it_loads_again(make_pipe: Any, run: Any, tmp_path: Path) -> None:
+    pipe = make_pipe()
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config, "it")
+    expected = run(pipe.transformer)
+    pipe.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer, adapter_name="it"),
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["it"].to_dict(),
+    )
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path, strict=True)
+    torch.testing.assert_close(run(pipe.transformer), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_saved_adapters_load_again(make_pipe: Any, run: Any, tmp_path: Path) -> None:

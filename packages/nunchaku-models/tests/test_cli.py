@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nunchaku_models.cli import main as cli_main
-from nunchaku_models.generation import check_seed, check_steps, parse_size
+from nunchaku_models.generation import check_seed, check_steps, parse_lora, parse_size
 
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = ("--steps", 1, "--size", 32)
@@ -481,3 +481,13 @@ def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = cli("doctor")
     assert code == 1
     assert "problem: NUNCHAKU_CPU_ISA='sse9'" in out and "problem: the demo pipeline is missing" in out
+
+
+def test_lora_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "it.safetensors"
+    file.touch()
+    assert parse_lora(str(file)) == (str(file), 1.0)
+    assert parse_lora(f"{file}:-.5") == (str(file), -0.5)
+    assert parse_lora("org/repo") == ("org/repo", 1.0)
+    with pytest.raises(ValueError, match=r"it\.safetensors must be a number, got 'x'"):
+        parse_lora(f"{file}:x")

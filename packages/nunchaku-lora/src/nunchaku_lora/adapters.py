@@ -26,8 +26,7 @@ def set_strength(target: Any, strengths: Mapping[str, float]) -> None:
     Raises:
         ValueError: a strength that is not finite, or no adapter of that name is loaded; nothing has changed then.
     """
-    parts = [getattr(target, name, None) for name in ("transformer", "unet", "text_encoder")]
-    models = [part for part in parts if isinstance(part, nn.Module)] or [target]
+    models = _models_of(target)
     configurations = [getattr(model, "peft_config", None) or {} for model in models]
     for name, strength in strengths.items():
         if not any(name in names for names in configurations):
@@ -49,19 +48,29 @@ def set_strength(target: Any, strengths: Mapping[str, float]) -> None:
                     scaling[name] = value
 
 
-def reset(model: nn.Module) -> None:
-    """Take every adapter off the 4-bit layers of `model` that no LoRA layer in it stands for: those that were fused.
+def reset(target: Any) -> None:
+    """Take every adapter off the 4-bit layers that no LoRA layer in their model stands for: those that were fused.
 
     Stored tensors never changed, so the layers are then as they were loaded. 16-bit layers, into whose weights adapters
     were fused, are not restored: unfuse before unloading for those.
+
+    Args:
+        target: a diffusers pipeline or model.
     """
-    wrappers = [module for module in model.modules() if isinstance(module, QuantizedLoraLinear)]
-    for module in model.modules():
+    modules = [module for model in _models_of(target) for module in model.modules()]
+    wrappers = [module for module in modules if isinstance(module, QuantizedLoraLinear)]
+    for module in modules:
         if isinstance(module, QuantizedLinear):
             module.detach_all()
     for wrapper in wrappers:
         wrapper.forget_fused()
         wrapper.owner.attach(wrapper, keep=False)
+
+
+def _models_of(target: Any) -> list[Any]:
+    """The models of a pipeline that can have adapters, or the model itself."""
+    parts = [getattr(target, name, None) for name in ("transformer", "unet", "text_encoder")]
+    return [part for part in parts if isinstance(part, nn.Module)] or [target]
 
 
 def _lora_layers(model: nn.Module) -> list[Any]:

@@ -82,7 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_file(text: str) -> tuple[str, float]:
     """ "style.safetensors:0.8" -> ("style.safetensors", 0.8); without a number behind a colon, the strength is 1."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
-    return (match[1], float(match[2])) if match else (text, 1.0)
+    if match:
+        return match[1], float(match[2])
+    file, _, strength = text.rpartition(":")
+    if Path(file).is_file() and not Path(text).exists():
+        raise ValueError(f"the strength of {file} must be a number, got {strength!r}")
+    return text, 1.0
 
 
 def run_inspect(args: argparse.Namespace) -> int:

@@ -102,7 +102,12 @@ def parse_size(text: str) -> tuple[int, int]:
 def parse_lora(text: str) -> tuple[str, float]:
     """ "style.safetensors:0.8" -> (file, strength); the strength is 1 without a number behind a colon."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
-    return (match[1], float(match[2])) if match else (text, 1.0)
+    if match:
+        return match[1], float(match[2])
+    file, _, strength = text.rpartition(":")
+    if Path(file).is_file() and not Path(text).exists():
+        raise ValueError(f"--lora: the strength of {file} must be a number, got {strength!r}")
+    return text, 1.0
 
 
 def check_steps(steps: int) -> int:

@@ -279,7 +279,7 @@ def _may_share(group: Group, item: PlacedTerm) -> bool:
 def _same(mine: float | torch.Tensor, other: float | torch.Tensor) -> bool:
     if isinstance(mine, torch.Tensor) or isinstance(other, torch.Tensor):
         return mine is other
-    return mine == other
+    return mine == other or (mine != mine and other != other)  # NaN is no other strength than NaN
 
 
 def _tensors(term: AdapterTerm) -> tuple[torch.Tensor | None, ...]:

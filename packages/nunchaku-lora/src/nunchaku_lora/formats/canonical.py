@@ -136,12 +136,14 @@ def convert(
         keys = [key for key, _ in group.values()]
         try:
             if part == "text_encoder":
-                lora.text_encoder[module] = _factors(lora, module, group, configuration, max_rank)
+                of_encoder = _configuration_of("text_encoder", configuration)
+                lora.text_encoder[module] = _factors(lora, module, group, of_encoder, max_rank)
                 lora.sources[f"text_encoder.{module}"] = keys
             elif "vector" in group:
                 lora.vectors[_vector_name(module)] = group["vector"][1]
             else:
-                _place_group(lora, module, group, linears, names, configuration, max_rank)
+                of_transformer = _configuration_of("transformer", configuration)
+                _place_group(lora, module, group, linears, names, of_transformer, max_rank)
         except _Unusable as reason:
             lora.skipped += [(key, str(reason)) for key in keys]
         else:
@@ -334,21 +336,28 @@ def _alpha(group: Mapping[str, tuple[str, torch.Tensor]]) -> float | None:
     return float(tensor) or None
 
 
+def _configuration_of(component: str, configuration: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The part of a PEFT configuration that is for one model of a pipeline.
+
+    diffusers puts the model's name in front of every key; without any such name all of it is the transformer's.
+    """
+    prefix = f"{component}."
+    own = {key.removeprefix(prefix): value for key, value in (configuration or {}).items() if key.startswith(prefix)}
+    return own or (configuration or {} if component == "transformer" else {})
+
+
 def _configured_alpha(module: str, rank: int, configuration: Mapping[str, Any] | None) -> float:
-    """alpha of a module by PEFT's configuration, such that alpha / rank is its scale; the rank without one."""
+    """alpha of a module by its PEFT configuration, such that alpha / rank is its scale; the rank without one."""
     if not configuration or "lora_alpha" not in configuration:
         return float(rank)
-    stripped = {}
-    for prefix in ("transformer.", ""):
-        stripped.update({k.removeprefix(prefix): v for k, v in configuration.items() if k.startswith(prefix)})
-    patterns = stripped.get("alpha_pattern") or {}
+    patterns = configuration.get("alpha_pattern") or {}
     try:
-        alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), stripped["lora_alpha"]))
+        alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), configuration["lora_alpha"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the file's PEFT configuration has an alpha that is no number: {error}") from error
     if not math.isfinite(alpha):
         raise ValueError(f"the file's PEFT configuration has alpha = {alpha} for {module}")
-    return alpha * math.sqrt(rank) if stripped.get("use_rslora") else alpha
+    return alpha * math.sqrt(rank) if configuration.get("use_rslora") else alpha
 
 
 def _lokr(
