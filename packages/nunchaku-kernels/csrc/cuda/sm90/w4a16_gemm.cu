@@ -14,6 +14,7 @@
 #include "../ptx/shared.h"
 #include "../ptx/wgmma.h"
 #include "../w4a16.cuh"
+#include "ring.cuh"
 #include "tensor_map.h"
 
 namespace nk::cuda::sm90 {
@@ -42,16 +43,6 @@ struct Tiling {
     static constexpr int kOutputTokens = tokens / splits, kOutputBytes = kConsumers * kOutputTokens * kRow;
     static constexpr int kBarriers = kStages * kStageBytes, kBytes = kBarriers + 2 * kStages * 8;
     static_assert(tokens % 16 == 0 && kOutputTokens % 16 == 0 && kExchangeBytes + kOutputBytes <= kBarriers);
-};
-
-// A position in the ring of stages and the parity of its current phase.
-template <int stages>
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
 };
 
 template <int stages>

@@ -24,6 +24,7 @@
 #include "../ptx/wgmma.h"
 #include "../tail.cuh"
 #include "heads.cuh"
+#include "ring.cuh"
 #include "tensor_map.h"
 
 namespace nk::cuda::sm90 {
@@ -125,16 +126,6 @@ struct Barriers {
     __device__ uint32_t ranks_empty(int block) const { return base + 8 * (kOthers + 4 + block); }
     __device__ uint32_t output_empty() const { return base + 8 * (kOthers + 6); }
     __device__ uint32_t output_full(int consumer) const { return base + 8 * (kOthers + 7 + consumer); }
-};
-
-// A position in a ring of stages and the parity of its current phase.
-template <int stages>
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
 };
 
 // The tile of a block; tiles are counted in pairs of blocks. With an odd number of channel tiles the last one of a pair

@@ -133,12 +133,7 @@ def _outputs(
 def _fake_quantize(
     x: torch.Tensor, smooth: torch.Tensor | None, shift: float, proj_down: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rank = 0 if proj_down is None else proj_down.shape[1]
-    return (
-        x.new_empty(x.shape[0], padded_width(x, smooth, proj_down), dtype=torch.int8),
-        x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty(x.shape[0], rank, dtype=_lora_dtype(proj_down)),
-    )
+    return _outputs(x, padded_width(x, smooth, proj_down), proj_down)
 
 
 @implement("w4a8_quantize_norm", "CompositeExplicitAutograd")
