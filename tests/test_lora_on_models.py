@@ -15,7 +15,10 @@ import nunchaku_lora
 from nunchaku_kernels.nn import QuantizedLinear
 from nunchaku_models import NunchakuFluxTransformer2DModel, demo
 from nunchaku_models.cli.main import main
+from nunchaku_models.evaluation.metrics import psnr
 from nunchaku_models.families.flux_attention import NunchakuFluxAttnProcessor
+
+TRAINED = Path(__file__).parents[1] / "packages" / "nunchaku-lora" / "tests" / "data"
 
 
 @pytest.fixture
@@ -123,3 +126,21 @@ def test_generate_draws_with_loras(tmp_path: Path, capsys: pytest.CaptureFixture
     assert code == 2
     assert "proj_out: the model has 1280 inputs, the file's adapter 256" in capsys.readouterr().err
     nunchaku_lora.disable()
+
+
+def test_a_trained_style_is_drawn(tmp_path: Path) -> None:
+    """The LoRAs of packages/nunchaku-lora/demo-training, trained on 16 and on 4 bits, both work on the 4-bit model."""
+    drawing = Image.open(TRAINED / "twemoji-carrot.webp")
+    likeness = []
+    for lora in (
+        [],
+        ["--lora", f"{TRAINED}/twemoji-16bit.safetensors"],
+        ["--lora", f"{TRAINED}/twemoji-4bit.safetensors"],
+    ):
+        file = tmp_path / f"{len(likeness)}.png"
+        assert main(["generate", "carrot, twemoji style", "-o", str(file), "--steps", "8", "--seed", "5", *lora]) == 0
+        likeness.append(psnr(Image.open(file), drawing))
+    nunchaku_lora.disable()
+    without, *with_style = likeness
+    assert without < 15
+    assert min(with_style) > 21, f"{with_style} dB"

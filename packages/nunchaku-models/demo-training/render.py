@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["pillow", "resvg_py==0.5.0", "tqdm"]
 # ///
-"""Draw the training pictures: every icon of two npm packages as a 128x128 picture on white.
+"""Draw the training pictures: every icon of some npm packages as a 128x128 picture on white.
 
 Needs ``npm`` on the path; nothing of the packages is run, their ``icons.json`` is only read.
 The result is an image folder in the Hugging Face layout::
@@ -111,9 +111,17 @@ def render_style(style: str, package: str, folder: Path) -> Iterator[dict[str, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--package",
+        action="append",
+        default=[],
+        metavar="STYLE=PACKAGE",
+        help="an @iconify-json package with its version, repeatable (default: the two that the demo model knows)",
+    )
     args = parser.parse_args()
 
-    rows = [row for style, package in PACKAGES.items() for row in render_style(style, package, args.data)]
+    packages = dict(item.split("=", 1) for item in args.package) or PACKAGES
+    rows = [row for style, package in packages.items() for row in render_style(style, package, args.data)]
     (args.data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(rows)} pictures, {len({row['name'] for row in rows})} names, in {args.data}")
 
