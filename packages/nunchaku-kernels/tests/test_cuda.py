@@ -530,13 +530,10 @@ class Second:
         assert not where, f"{int(wrong.sum())} wrong, first at {where}: {y[wrong][0]} instead of {expected[wrong][0]}"
 
 
-@isas
-@given(data=st.data(), seed=seeds)
-@settings(max_examples=120, deadline=None)
-def test_linear(isa: str, data: st.DataObject, seed: int) -> None:
-    m, rank = data.draw(tokens_up_to_300), data.draw(st.sampled_from([0, 16, 32, 32, 48, 160, 1024]))
-    out_features = data.draw(st.integers(1, 400) | st.sampled_from([128, 256, 384, 640]))
-    second = Second(Draw(seed), m, out_features, 128 * data.draw(st.integers(1, 5)), rank)
+def check_linear(isa: str, data: st.DataObject, seed: int, m: int, out_features: int, k: int) -> None:
+    """Any rank, optional operands, dtypes and activation."""
+    rank = data.draw(st.sampled_from([0, 16, 32, 32, 48, 160, 1024]), label="rank")
+    second = Second(Draw(seed), m, out_features, k, rank)
     optional = st.sampled_from(["wcscales", "bias", "gate", "residual"])
     same = data.draw(dtypes)
     present = {
@@ -553,6 +550,23 @@ def test_linear(isa: str, data: st.DataObject, seed: int) -> None:
     with force(isa):
         y = second.call(operands, activation, data.draw(dtypes, label="out_dtype"))
     second.check(y, operands, activation)
+
+
+@isas
+@given(data=st.data(), seed=seeds)
+@settings(max_examples=120, deadline=None)
+def test_linear(isa: str, data: st.DataObject, seed: int) -> None:
+    m = data.draw(tokens_up_to_300)
+    out_features = data.draw(st.integers(1, 400) | st.sampled_from([128, 256, 384, 640]))
+    check_linear(isa, data, seed, m, out_features, 128 * data.draw(st.integers(1, 5)))
+
+
+@isas
+@given(data=st.data(), seed=seeds, m=st.integers(2017, 2240), out_features=st.integers(1153, 1280) | st.just(1280))
+@settings(max_examples=30, deadline=None)
+def test_linear_in_wide_tiles(isa: str, data: st.DataObject, seed: int, m: int, out_features: int) -> None:
+    """Sizes for which the portable kernels take the tiles of many tokens, unless there is a residual."""
+    check_linear(isa, data, seed, m, out_features, 128 * data.draw(st.integers(1, 3)))
 
 
 @isas

@@ -13,6 +13,18 @@ __device__ __forceinline__ void copy_16(uint32_t destination, const void* source
                  : "memory");
 }
 
+// The same where `wanted`; nothing happens elsewhere.
+__device__ __forceinline__ void copy_16_if(bool wanted, uint32_t destination, const void* source) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.u32 wanted, %2, 0;\n"
+        "@wanted cp.async.cg.shared.global [%0], [%1], 16;\n"
+        "}" ::"r"(destination),
+        "l"(source), "r"(static_cast<uint32_t>(wanted))
+        : "memory");
+}
+
 // 4, 8 or 16 bytes through both caches; zeros where `valid` is false, and then `source` is not read.
 template <int bytes>
 __device__ __forceinline__ void copy_few(uint32_t destination, const void* source, bool valid) {
