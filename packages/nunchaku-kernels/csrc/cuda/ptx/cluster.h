@@ -49,6 +49,12 @@ __device__ __forceinline__ void send_16(uint32_t address, uint4 v, uint32_t barr
         : "memory");
 }
 
+__device__ __forceinline__ void send_4(uint32_t address, uint32_t v, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(v),
+                 "r"(barrier)
+                 : "memory");
+}
+
 // The same with a multiple of 16 bytes of this CTA's shared memory.
 __device__ __forceinline__ void bulk_send(uint32_t address, uint32_t source, uint32_t bytes, uint32_t barrier) {
     asm volatile(

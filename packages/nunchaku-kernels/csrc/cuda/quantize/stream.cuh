@@ -1,70 +1,96 @@
-// quantize_stream (sm_90): 16-bit x with aligned rows, at most 15360 channels and a rank of at most 32; optionally
-// behind a layer norm and a modulation.
+// quantize_stream (sm_90): 16-bit x with aligned rows of whole 64-groups, at most 16384 channels and a rank of at most
+// 32; optionally behind a layer norm and a modulation.
 //
-// A cluster of CTAs splits the channels. Each of its warps keeps the same kBlocks blocks of 32 channels from the first
-// tile of 8 tokens to the last: 1 / smooth in registers, its part of the low-rank factor in shared memory. Of a block a
-// lane holds 16 bytes of one token, which are the B operand of two products (the channels of a sum come in any order,
-// if the factor has the same) and two words of permuted codes.
+// A cluster of CTAs, a team, splits the channels: each keeps 1 / smooth and its part of the low-rank factor in shared
+// memory from its first tile of 8 tokens to the last. Tiles arrive by tensor copies, in chunks of 64 channels swizzled
+// as wgmma wants them. Three kinds of warps share them:
 //
-// What a token needs from all its channels (maximum, low-rank sums, moments) warps leave in shared memory; a few of
-// them add up what the CTA has and send it to the others, on a barrier that counts bytes. It is used one step later:
-// until then the warps do the first half of the next tile. So a step has the products of one tile and the codes of the
-// one before, and behind a norm the moments of the one after.
+// - a lane of the last warp asks for tiles;
+// - groups of eight warps take them in turn: a group holds a tile in registers, as fp32, so that its place in shared
+//   memory is free for the next one while the group waits for what other CTAs know of the tokens (moments, maxima);
+// - one warpgroup multiplies them by the factor, both straight from shared memory, and sends its sums to the CTA which
+//   adds up those of a token.
+//
+// What CTAs send each other arrives on barriers that count bytes, in two places in turn. Nobody sends a third time
+// before all have read the first: each sends only after it has got everyone's part of the tile before.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include "../ptx/cluster.h"
 #include "../ptx/hopper.h"
+#include "../ptx/wgmma.h"
 #include "common.cuh"
 
 namespace nk::cuda::quantize {
 
-constexpr int kStreamWarps = 12;  // at most
-constexpr int kStreamTokens = 8, kBlockChannels = 32, kBlockBytes = kBlockChannels * 2;
+constexpr int kStreamTokens = 8, kGroupWarps = 8;
 constexpr int kStreamCtas = 8;    // the largest cluster that every device with clusters can hold
-constexpr int kStreamStages = 4;  // tiles in shared memory, at most: more only delay the first
-constexpr int kSumPairs = kStreamTokens * kRankTiles * 16 / 2;  // low-rank sums of a tile, two tokens at once
-constexpr int kFactorBytes = 2 * kRankTiles * 512;              // of a block, A operands of a warp
-
-// Of a tile; rows that follow each other begin in different halves of the banks.
-__host__ __device__ constexpr int stream_row_bytes(int warps, int blocks) { return warps * blocks * kBlockBytes + 64; }
+constexpr int kStreamStages = 8;  // tiles in shared memory, at most
+constexpr int kStreamRanks = 32;
+constexpr int kChunkBytes = kStreamTokens * kGroupSize * 2;         // of x
+constexpr int kFactorChunkBytes = kStreamRanks * kGroupSize * 2;    // of the factor
+constexpr int kSumValues = 2 * kStreamTokens * kStreamRanks;        // sums of one tile that a CTA gets
+constexpr int kLargestChunks = 4;                                   // of a warp
 
 struct StreamParameters {
     Parameters common;
-    int cta_blocks;  // of 32 channels
+    int cta_chunks;  // of 64 channels, even: two of them are multiplied at once
     int stages;
-    int tiles, tiles_per_row;
-    int64_t row_tokens;  // that share a row of the modulation; no tile has tokens of two rows
+    int row_tokens;  // that share a row of the modulation; no tile has tokens of two rows
     const char *scale, *shift;
     float eps;
 };
 
-// Tokens of a tile.
-struct StreamTile {
-    int64_t first, row;  // of x, of the modulation
-    int tokens;
+// CTAs share a multiprocessor with no other, so groups hide each other's waiting; registers limit their number.
+__host__ __device__ constexpr int stream_groups(int chunks, bool low_rank) { return chunks <= 3 && !low_rank ? 3 : 2; }
+
+__host__ __device__ constexpr int stream_warps(int chunks, bool low_rank) {
+    return stream_groups(chunks, low_rank) * kGroupWarps + (low_rank ? 4 : 0) + 4;
+}
+
+// A team's tiles, one after the other: neighbouring tokens of one row of the modulation.
+struct StreamTiles {
+    int first, tokens, row;
+    int end, row_end, row_tokens;
+
+    __device__ StreamTiles(const StreamParameters& stream, int team, int teams) : row_tokens(stream.row_tokens) {
+        first = static_cast<int>(stream.common.tokens * team / teams);
+        end = static_cast<int>(stream.common.tokens * (team + 1) / teams);
+        row = first / row_tokens, row_end = (row + 1) * row_tokens;
+        measure();
+    }
+    __device__ void measure() { tokens = min(kStreamTokens, min(end, row_end) - first); }
+    __device__ bool left() const { return first < end; }
+    __device__ void advance() {
+        first += tokens;
+        if (first == row_end) ++row, row_end += row_tokens;
+        measure();
+    }
+};
+
+// A place in a ring of so many stages, and the parity of its phase.
+struct StreamStage {
+    int index, parity, stages;
+
+    __device__ void advance() {
+        if (++index == stages) index = 0, parity ^= 1;
+    }
 };
 
 struct StreamShared {
-    uint64_t received[2], arrived[kStreamStages];  // barriers; [step % 2] for what CTAs send
-    StreamTile tiles[kStreamStages];
-    alignas(16) uint32_t maxima[2][kStreamCtas][kStreamTokens];
-    float2 sums[2][kSumPairs];                      // this CTA's share of them, one CTA's after the other's
-    float2 own_sums[2][kSumPairs];                  // this CTA's part of all of them
-    float2 moments[2][kStreamCtas][kStreamTokens];  // mean, and part of the variance around it
-    uint32_t warp_maxima[2][kStreamWarps][kStreamTokens];
-    float2 warp_moments[2][kStreamWarps][kStreamTokens];
-    float cta_weights[kStreamCtas], warp_weights[kStreamWarps];  // of their means
+    uint64_t arrived[kStreamStages], modulated[kStreamStages], freed[kStreamStages];  // barriers
+    uint64_t sums_received[2];
+    struct Group {
+        uint64_t maxima_received[2], moments_received[2];
+        alignas(16) uint32_t warp_maxima[kGroupWarps][kStreamTokens];
+        uint32_t maxima[2][kStreamCtas][kStreamTokens];  // of each CTA; zeros of CTAs that are not there
+        alignas(16) float2 warp_moments[kGroupWarps][kStreamTokens];  // mean, and part of the variance around it
+        float2 moments[2][kStreamCtas][kStreamTokens];
+    } groups[3];
+    float cta_weights[kStreamCtas], warp_weights[kGroupWarps];  // of their means
+    alignas(16) float sums[2][kSumValues];
 };
-
-constexpr int kStreamHeadBytes = (sizeof(StreamShared) + 127) / 128 * 128;
-
-// CTAs of a multiprocessor: while one waits for its warps to meet, the other computes.
-__host__ __device__ constexpr int stream_ctas_per_processor(int warps, int blocks, bool low_rank, bool norm) {
-    const bool plain = !low_rank && !norm;
-    return warps <= 6 ? (plain ? 3 : 2) : blocks <= 4 && plain ? 2 : 1;
-}
 
 template <class Element>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
@@ -77,404 +103,519 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
     }
 }
 
-// Element i of lane 4 g + j becomes element j of lane 4 g + i.
-__device__ __forceinline__ void transpose_in_quad(uint2 (&elements)[4]) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        const bool upper = threadIdx.x & bit;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i & bit) continue;
-            uint2 &low = elements[i], &high = elements[i | bit];
-            const uint2 sent = upper ? low : high;
-            const uint2 got{__shfl_xor_sync(~0u, sent.x, bit), __shfl_xor_sync(~0u, sent.y, bit)};
-            low = upper ? got : low, high = upper ? high : got;
-        }
-    }
+__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
+    const uint4 v = ptx::load_shared_16(address);
+    return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
+// Where a thread finds everything; the same for all roles.
+struct StreamPlace {
+    StreamShared& shared;
+    uint32_t ring, factors, reciprocals;
+    int cta, ctas, team, teams;
+
+    __device__ StreamPlace(const StreamParameters& stream, char* memory, int stage_bytes, int factor_bytes,
+                           int reciprocal_bytes)
+        : shared(*reinterpret_cast<StreamShared*>(memory + stream.stages * stage_bytes + factor_bytes +
+                                                  reciprocal_bytes)),
+          ring(ptx::shared_address(memory)),
+          factors(ring + stream.stages * stage_bytes),
+          reciprocals(factors + factor_bytes),
+          cta(static_cast<int>(ptx::cluster_rank())),
+          ctas(static_cast<int>(ptx::cluster_size())),
+          team(blockIdx.x / ctas),
+          teams(gridDim.x / ctas) {}
+
+    // A barrier, by its index in an array of them.
+    static __device__ uint32_t barrier(const uint64_t* first, int index) {
+        return ptx::shared_address(first) + index * 8;
+    }
+    __device__ uint32_t stage(const StreamParameters& stream, int index) const {
+        return ring + index * stream.cta_chunks * kChunkBytes;
+    }
+};
+
+// ---- The lane that asks for tiles -----------------------------------------------------------------------------------
+
+struct StreamCopies {
+    const StreamParameters& stream;
+    const StreamPlace& place;
+    const CUtensorMap* map;
+    StreamTiles tiles;
+    StreamStage stage;
+
+    __device__ void start_one() {
+        const uint32_t barrier = place.barrier(place.shared.arrived, stage.index);
+        ptx::arrive_expecting(barrier, stream.cta_chunks * kChunkBytes);
+        ptx::tensor_load_3d(place.stage(stream, stage.index), map, 0, tiles.first, place.cta * stream.cta_chunks,
+                            barrier);
+        tiles.advance(), stage.advance();
+    }
+    // What fits at once.
+    __device__ void start() {
+        for (int i = 0; i < stream.stages && tiles.left(); ++i) start_one();
+    }
+    __device__ void finish() {
+        while (tiles.left()) {
+            ptx::wait(place.barrier(place.shared.freed, stage.index), stage.parity ^ 1);
+            start_one();
+        }
+    }
+};
+
+// ---- The warpgroup of the low-rank sums -----------------------------------------------------------------------------
+
+// This CTA's part of the factor, rank-major in chunks of 64 channels, swizzled. For 128 threads.
+__device__ inline void load_factor(const StreamParameters& stream, const StreamPlace& place) {
+    const Parameters& p = stream.common;
+    constexpr int kBatch = 4;  // loads in flight
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, tiles = p.rank / 16;
+    const int steps = stream.cta_chunks * 4 * kRankTiles;  // of 16 channels and 16 ranks
+    const int64_t first = int64_t{place.cta} * stream.cta_chunks * 4;
+#pragma unroll 1
+    for (int from = warp; from < steps; from += 4 * kBatch) {
+        uint4 words[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {  // branchless, so that loads overlap
+            const int step = from + i * 4, tile = min(step % kRankTiles, tiles - 1);
+            const int64_t of = min(first + step / kRankTiles, int64_t{p.groups} * 4 - 1);
+            words[i] = __ldg(p.proj_down + (of * tiles + tile) * 32 + lane);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int step = from + i * 4, tile = step % kRankTiles, k = step / kRankTiles;
+            if (step >= steps) continue;
+            if (tile >= tiles || first + k >= int64_t{p.groups} * 4) words[i] = {};
+            // Published order has the two halves of a row's 16 channels together, then the row eight below.
+            const uint32_t row = place.factors + k / 4 * kFactorChunkBytes + (tile * 16 + lane / 4) * 128 + lane % 4 * 4;
+            const uint32_t low = (k % 4 * 2 ^ lane / 4) * 16, high = low ^ 16;
+            ptx::store_shared_4(row + low, words[i].x), ptx::store_shared_4(row + high, words[i].y);
+            ptx::store_shared_4(row + 1024 + low, words[i].z), ptx::store_shared_4(row + 1024 + high, words[i].w);
+        }
+    }
+    ptx::fence_async_proxy();
+    ptx::sync_threads<128>(1);
+}
+
+template <class Element, bool norm>
+__device__ void sum_low_rank(const StreamParameters& stream, const StreamPlace& place) {
+    const Parameters& p = stream.common;
+    StreamShared& shared = place.shared;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, index = threadIdx.x % 128;
+    const int share = kStreamTokens / place.ctas;  // tokens whose sums this CTA adds up
+
+    load_factor(stream, place);
+
+    // Sums of a tile lie in registers as [64 x 16]: those of the first 32 rows and 8 columns are ranks and tokens of
+    // even chunks, of the last ones of odd chunks; the other half means nothing.
+    const int half = warp / 2, rank = warp % 2 * 16 + lane / 4, part = place.cta * 2 + half;
+    uint32_t sums_at[2], barrier_at[2];  // of this lane's two tokens, in the CTA that adds them up
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int token = lane % 4 * 2 + i, to = token / share;
+        sums_at[i] = ptx::address_in_cta(
+            ptx::shared_address(&shared.sums[0][(part * share + token % share) * kStreamRanks + rank]), to);
+        barrier_at[i] = ptx::address_in_cta(ptx::shared_address(shared.sums_received), to);
+    }
+    const auto send = [&](int n, const float(&sums)[8]) {
+        const int to = n % 2;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float sum = half ? sums[4 + i] : sums[i];
+            ptx::send_4(sums_at[i % 2] + (to * kSumValues + i / 2 * 8) * 4, __float_as_uint(sum),
+                        barrier_at[i % 2] + to * 8);
+        }
+    };
+    const auto add_up = [&](int n, const StreamTiles& tile) {
+        const int from = n % 2;
+        ptx::wait(place.barrier(shared.sums_received, from), n / 2 % 2);
+        const int token = place.cta * share + index / kStreamRanks, of_rank = index % kStreamRanks;
+        if (index >= share * kStreamRanks) return;
+        float sum = 0;
+        for (int i = 0; i < place.ctas * 2; ++i) sum += shared.sums[from][i * share * kStreamRanks + index];
+        if (token < tile.tokens && of_rank < p.rank) store_sum(p, int64_t{tile.first} + token, of_rank, sum);
+    };
+
+    StreamTiles tiles(stream, place.team, place.teams), before = tiles;
+    StreamStage stage{0, 0, stream.stages};
+    float sums[8]{};
+    int n = 0;
+#pragma unroll 1
+    for (; tiles.left(); ++n) {
+        if (index == 0) ptx::arrive_expecting(place.barrier(shared.sums_received, n % 2), kSumValues * 4);
+        ptx::wait(place.barrier(norm ? shared.modulated : shared.arrived, stage.index), stage.parity);
+        uint64_t a = ptx::wgmma_operand<128>(place.factors);
+        uint64_t b = ptx::wgmma_operand<128>(place.stage(stream, stage.index));
+        ptx::wgmma_fence();
+        int chunk = 0;
+#pragma unroll 1
+        do {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)  // of 16 channels, 32 bytes
+                ptx::wgmma_64x16<std::is_same_v<Element, BF16>>(sums, a + k * 2, b + k * 2, chunk + k > 0);
+            a += 2 * kFactorChunkBytes / 16, b += 2 * kChunkBytes / 16;
+            chunk += 2;
+        } while (chunk < stream.cta_chunks);
+        ptx::wgmma_commit();
+        if (n) add_up(n - 1, before);
+        ptx::wgmma_wait<0>();
+        if (lane == 0) ptx::arrive(place.barrier(shared.freed, stage.index));
+        send(n, sums);
+        before = tiles;
+        tiles.advance(), stage.advance();
+    }
+    if (n) add_up(n - 1, before);
+}
+
+// ---- The warps that quantise ----------------------------------------------------------------------------------------
+
+// In chunk c of a warp, a lane has channels 8 (lane % 8) .. + 7 of tokens lane / 8 and lane / 8 + 4. What is known of a
+// whole token, lanes with lane % 8 < 4 know of the first one, the others of the second.
 template <class T, class Combine>
-__device__ __forceinline__ T over_quad(T value, Combine combine) {
+__device__ __forceinline__ T over_lanes(T first, T second, Combine combine) {
+    const bool upper = threadIdx.x & 4;
+    T value = upper ? second : first;
+    value = combine(value, __shfl_xor_sync(~0u, upper ? first : second, 4));
     value = combine(value, __shfl_xor_sync(~0u, value, 1));
     return combine(value, __shfl_xor_sync(~0u, value, 2));
 }
 
-template <class Element, int kWarps, int kBlocks, bool low_rank, bool norm>
-__global__ void __launch_bounds__(kWarps * 32, stream_ctas_per_processor(kWarps, kBlocks, low_rank, norm))
-    quantize_stream(const __grid_constant__ StreamParameters stream) {
+// The other way: values of both tokens.
+template <class T>
+__device__ __forceinline__ void of_both(T value, T (&both)[2]) {
+    const T other = __shfl_xor_sync(~0u, value, 4);
+    const bool upper = threadIdx.x & 4;
+    both[0] = upper ? other : value, both[1] = upper ? value : other;
+}
+
+// The maxima, or behind a norm the moments, of a tile's tokens over all channels: each warp leaves its own in shared
+// memory, a warp adds up what the CTA has and sends it to all CTAs.
+struct StreamExchange {
+    const StreamPlace& place;
+    StreamShared::Group& group;
+    int id, warp;  // of the group, in the group
+
+    __device__ void meet() const { ptx::sync_threads<kGroupWarps * 32>(2 + id); }
+
+    __device__ uint32_t maximum(uint32_t own, int turn) const {
+        const int lane = threadIdx.x % 32, token = lane / 8 + lane % 8 / 4 * 4;
+        const int to = turn % 2;
+        const uint32_t barrier = place.barrier(group.maxima_received, to);
+        if (lane % 4 == 0) group.warp_maxima[warp][token] = own;
+        meet();
+        if (warp == 0) {
+            if (lane == 0) ptx::arrive_expecting(barrier, place.ctas * kStreamTokens * 4);
+            const int of_cta = lane / 2, half = lane % 2;
+            uint4 largest{};
+#pragma unroll
+            for (int of = 0; of < kGroupWarps; ++of) {
+                const uint4 v = *reinterpret_cast<const uint4*>(&group.warp_maxima[of][half * 4]);
+                largest = {max(largest.x, v.x), max(largest.y, v.y), max(largest.z, v.z), max(largest.w, v.w)};
+            }
+            if (of_cta < place.ctas)
+                ptx::send_16(ptx::address_in_cta(ptx::shared_address(&group.maxima[to][place.cta][half * 4]), of_cta),
+                             largest, ptx::address_in_cta(barrier, of_cta));
+        }
+        ptx::wait(barrier, turn / 2 % 2);
+        uint32_t bits = max(group.maxima[to][lane % 4][token], group.maxima[to][lane % 4 + 4][token]);
+        bits = max(bits, __shfl_xor_sync(~0u, bits, 1));
+        return max(bits, __shfl_xor_sync(~0u, bits, 2));
+    }
+
+    // From the warp's mean and its part of the variance around that: mean and variance of the token.
+    __device__ float2 moments(float2 own, int turn) const {
+        const int lane = threadIdx.x % 32, token = lane / 8 + lane % 8 / 4 * 4;
+        const int to = turn % 2;
+        const StreamShared& shared = place.shared;
+        const uint32_t barrier = place.barrier(group.moments_received, to);
+        if (lane % 4 == 0) group.warp_moments[warp][token] = own;
+        meet();
+        if (warp == 0) {
+            if (lane == 0) ptx::arrive_expecting(barrier, place.ctas * kStreamTokens * 8);
+            const int of_cta = lane / 4, two = lane % 4;
+            float4 parts[kGroupWarps];
+            float2 mean{}, variance{};
+#pragma unroll
+            for (int of = 0; of < kGroupWarps; ++of) {
+                parts[of] = *reinterpret_cast<const float4*>(&group.warp_moments[of][two * 2]);
+                mean.x += shared.warp_weights[of] * parts[of].x, mean.y += shared.warp_weights[of] * parts[of].z;
+            }
+#pragma unroll
+            for (int of = 0; of < kGroupWarps; ++of) {
+                const float weight = shared.cta_weights[place.cta] * shared.warp_weights[of];
+                variance.x += parts[of].y + weight * (parts[of].x - mean.x) * (parts[of].x - mean.x);
+                variance.y += parts[of].w + weight * (parts[of].z - mean.y) * (parts[of].z - mean.y);
+            }
+            const uint4 words{__float_as_uint(mean.x), __float_as_uint(variance.x), __float_as_uint(mean.y),
+                              __float_as_uint(variance.y)};
+            if (of_cta < place.ctas)
+                ptx::send_16(ptx::address_in_cta(ptx::shared_address(&group.moments[to][place.cta][two * 2]), of_cta),
+                             words, ptx::address_in_cta(barrier, of_cta));
+        }
+        ptx::wait(barrier, turn / 2 % 2);
+        const auto over_ctas = [](float value) {
+            value += __shfl_xor_sync(~0u, value, 1);
+            return value + __shfl_xor_sync(~0u, value, 2);
+        };
+        const int one = lane % 4, other = one + 4;
+        const float2 a = group.moments[to][one][token], b = group.moments[to][other][token];
+        const float a_weight = shared.cta_weights[one], b_weight = shared.cta_weights[other];
+        const float mean = over_ctas(a_weight * a.x + b_weight * b.x);
+        return {mean, over_ctas(a.y + b.y + a_weight * (a.x - mean) * (a.x - mean) +
+                                b_weight * (b.x - mean) * (b.x - mean))};
+    }
+};
+
+template <class Element, int kChunks, int kGroups, bool low_rank, bool norm>
+__device__ void quantize_tiles(const StreamParameters& stream, const StreamPlace& place) {
     const Parameters& p = stream.common;
-    static_assert(kBlocks >= 2, "a warp's sums fit where its x was");
-    static_assert(kWarps >= kSumPairs / 32 + 2 && kWarps <= kStreamWarps, "each has at most one kind to add up");
-    constexpr int kRowBytes = stream_row_bytes(kWarps, kBlocks), kStageBytes = kStreamTokens * kRowBytes;
-    constexpr int kWarpBytes = kBlocks * kBlockBytes;                         // of a row
-    constexpr int kProductsLag = norm ? 1 : 0, kCodesLag = kProductsLag + 1;  // steps behind the arrival of a tile
-    constexpr int kAddingWarps = kSumPairs / 32, kMaximaWarp = kWarps - 1, kMomentsWarp = kWarps - 2;
-    extern __shared__ __align__(128) char shared_bytes[];
-    StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_bytes);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, u = lane % 4;
-    const int cta = static_cast<int>(ptx::cluster_rank()), ctas = static_cast<int>(ptx::cluster_size());
-    const int team = blockIdx.x / ctas, teams = gridDim.x / ctas;
-    const int count = (stream.tiles - team + teams - 1) / teams;
-
-    const int64_t cta_k = int64_t{cta} * stream.cta_blocks * kBlockChannels;
-    const auto clamped = [](int64_t value, int most) {
-        return static_cast<int>(max(int64_t{0}, min(value, int64_t{most})));
+    StreamShared& shared = place.shared;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kGroupWarps, id = threadIdx.x / 32 / kGroupWarps;
+    const int row = lane / 8, piece = lane % 8;
+    const int cta_chunk = place.cta * stream.cta_chunks, first_chunk = cta_chunk + warp * kChunks;
+    const auto chunks_until = [&](int end) {
+        return max(0, min(kChunks, min(end, cta_chunk + stream.cta_chunks) - first_chunk));
     };
-    const int cta_channels = clamped(p.channels - cta_k, stream.cta_blocks * kBlockChannels);
-    const int warp_channels = clamped(cta_channels - warp * kBlocks * kBlockChannels, kBlocks * kBlockChannels);
-    const int first_block = cta * stream.cta_blocks + warp * kBlocks;
-    const int blocks = min(kBlocks, min(stream.cta_blocks - warp * kBlocks, p.groups * 2 - first_block));  // or less
-    const int pieces = (warp_channels - u * 8 + kBlockChannels - 1) / kBlockChannels;                      // of x
-    const int64_t first_k = int64_t{first_block} * kBlockChannels + u * 8;
-
-    char* const ring = shared_bytes + kStreamHeadBytes;
-    const uint32_t own_ring = ptx::shared_address(ring) + g * kRowBytes + warp * kWarpBytes + u * 16;
-    const uint32_t factors =
-        ptx::shared_address(ring) + stream.stages * kStageBytes + warp * kBlocks * kFactorBytes + lane * 16;
-    const uint32_t received = ptx::shared_address(shared.received), arrived = ptx::shared_address(shared.arrived);
-    const auto copy_tile = [&](int n, int stage) {  // for one warp: a lane per token
-        const int index = team + n * teams, row = norm ? index / stream.tiles_per_row : 0;
-        const int64_t inside = int64_t{index - row * stream.tiles_per_row} * kStreamTokens;
-        const int64_t first = row * stream.row_tokens + inside;
-        const int tokens = static_cast<int>(min(int64_t{kStreamTokens}, stream.row_tokens - inside));
-        const uint32_t barrier = arrived + stage * 8;
-        if (lane == 0) {
-            shared.tiles[stage] = {first, row, tokens};
-            ptx::arrive_expecting(barrier, tokens * cta_channels * 2);
-        }
-        __syncwarp();
-        if (lane < tokens && cta_channels)
-            ptx::bulk_load(ptx::shared_address(ring) + stage * kStageBytes + lane * kRowBytes,
-                           p.x + (first + lane) * p.row_bytes + cta_k * 2, cta_channels * 2, barrier);
+    const int stored = chunks_until(p.groups), given = chunks_until(static_cast<int>(p.channels) / kGroupSize);
+    const StreamExchange exchange{place, shared.groups[id], id, warp};
+    const int64_t code_row = int64_t{p.groups} * kGroupSize;
+    // Of a block of 32 channels, lanes of a pair swap words: the even one stores from the first 16 bytes of the codes,
+    // the odd one from the others.
+    int8_t* const codes =
+        p.codes + int64_t{first_chunk} * kGroupSize + piece / 4 * 32 + piece % 2 * 16 + piece % 4 / 2 * 8;
+    const uint32_t own_reciprocals = place.reciprocals + (warp * kChunks * 16 + piece) * 16;
+    const uint32_t own_x = warp * kChunks * kChunkBytes + row * 128 + (piece ^ row) * 16;
+    const auto x_at = [&](uint32_t slot, int c, int i) {  // the swizzle of a row four below differs in one bit
+        return (i ? slot + 512 ^ 64 : slot) + c * kChunkBytes;
     };
-    if (warp == 0) {
-        if (lane == 0) {
-            // One arrival announces what other CTAs send, the others say that this CTA's own part is there.
-            for (int i = 0; i < 2; ++i) ptx::init_barrier(received + i * 8, 2 + (norm ? 1 : 0) + (low_rank ? 1 : 0));
-            for (int i = 0; i < stream.stages; ++i) ptx::init_barrier(arrived + i * 8, 1);
-            ptx::fence_barrier_init();
-        }
-        __syncwarp();
-        for (int n = 0; n < min(count, stream.stages - kCodesLag); ++n) copy_tile(n, n);
-    }
-    if constexpr (norm) {
-        if (threadIdx.x < kStreamCtas) {
-            const int64_t k = int64_t{threadIdx.x} * stream.cta_blocks * kBlockChannels;
-            shared.cta_weights[threadIdx.x] =
-                static_cast<float>(clamped(p.channels - k, stream.cta_blocks * kBlockChannels)) / p.channels;
-        }
-        if (lane == 0) shared.warp_weights[warp] = static_cast<float>(warp_channels) / max(1, cta_channels);
-    }
 
-    // A lane computes every 32nd; loads are branchless, so that they overlap.
-    float reciprocals[kBlocks][8];
-    {
-        float smooth[kBlocks];
+    StreamTiles tiles(stream, place.team, place.teams);
+    StreamStage stage{0, 0, stream.stages};
+    for (int i = 0; i < id; ++i) tiles.advance(), stage.advance();
+#pragma unroll 1
+    for (int turn = 0; tiles.left(); ++turn) {
+        const uint32_t slot = place.stage(stream, stage.index) + own_x;
+        const uint32_t freed = place.barrier(shared.freed, stage.index);
+        uint4 x[kChunks][2];
+        float values[kChunks][2][8];
+        ptx::wait(place.barrier(shared.arrived, stage.index), stage.parity);
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-            const int64_t k = min(first_block + j, p.groups * 2 - 1) * int64_t{kBlockChannels} + lane;
-            smooth[j] = p.smooth ? load_smooth_at(p, k / 16 * 16 + k % 8 / 2 * 4 + k % 16 / 8 * 2 + k % 2) : 1.0f;
+        for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) x[c][i] = ptx::load_shared_16(x_at(slot, c, i), c < given);
+        if (!(norm && low_rank)) {
+            __syncwarp();
+            if (lane == 0) ptx::arrive(freed);
         }
+        const auto unpack = [&] {
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-            const float reciprocal = j * kBlockChannels + lane < warp_channels ? __frcp_rn(smooth[j]) : 0.0f;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) reciprocals[j][i] = __shfl_sync(~0u, reciprocal, u * 8 + i);
-        }
-    }
-    if constexpr (low_rank) {
-        const int tiles = p.rank / 16;
-        uint4 half[kBlocks][kRankTiles][2];
-#pragma unroll
-        for (int j = 0; j < kBlocks; ++j)
-#pragma unroll
-            for (int ranks = 0; ranks < kRankTiles; ++ranks)
+            for (int c = 0; c < kChunks; ++c)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int64_t step = min(first_block + j, p.groups * 2 - 1) * int64_t{2} + i;
-                    half[j][ranks][i] = __ldg(p.proj_down + (step * tiles + min(ranks, tiles - 1)) * 32 + lane);
+                    const uint32_t words[4] = {x[c][i].x, x[c][i].y, x[c][i].z, x[c][i].w};
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const float2 pair = unpacked<Element>(words[j]);
+                        values[c][i][2 * j] = pair.x, values[c][i][2 * j + 1] = pair.y;
+                    }
                 }
-#pragma unroll
-        for (int j = 0; j < kBlocks; ++j)
-#pragma unroll
-            for (int ranks = 0; ranks < kRankTiles; ++ranks) {
-                // Published order: channels 2 u, 2 u + 1 of each 8. Wanted: all channels of the u-th 8.
-                const uint4 &even = half[j][ranks][0], &odd = half[j][ranks][1];
-                uint2 words[4] = {{even.x, even.z}, {even.y, even.w}, {odd.x, odd.z}, {odd.y, odd.w}};
-                transpose_in_quad(words);
-                const uint32_t to = factors + j * kFactorBytes + ranks * 512;
-                ptx::store_shared_16(to, {words[0].x, words[0].y, words[1].x, words[1].y});
-                ptx::store_shared_16(to + kRankTiles * 512, {words[2].x, words[2].y, words[3].x, words[3].y});
-            }
-    }
-    __syncthreads();
-    ptx::cluster_arrive_relaxed();
-    ptx::cluster_wait();  // all barriers are there
+        };
+        unpack();
 
-    // The first half of a tile behind a norm.
-    float2 moments{};
-    const float inverse_warp_channels = 1.0f / static_cast<float>(max(1, warp_channels));
-    const float inverse_channels = 1.0f / static_cast<float>(p.channels);
-    const auto find_moments = [&](int stage) {
-        // Around the warp's first channel, so that a large mean does not drown the variance.
-        const uint32_t slot = own_ring + stage * kStageBytes;
-        const uint32_t first =
-            *reinterpret_cast<const uint32_t*>(ring + stage * kStageBytes + g * kRowBytes + warp * kWarpBytes);
-        const float pivot = warp_channels ? unpacked<Element>(first).x : 0.0f;
-        float2 sum{}, squares{};
-#pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-            const uint4 x = ptx::load_shared_16(slot + j * kBlockBytes, j < pieces);
-            const float around = j < pieces ? pivot : 0.0f;
-            for (const uint32_t word : {x.x, x.y, x.z, x.w}) {
-                const float2 pair = unpacked<Element>(word);
-                const float a = pair.x - around, b = pair.y - around;
-                sum.x += a, sum.y += b;
-                squares.x = fmaf(a, a, squares.x), squares.y = fmaf(b, b, squares.y);
-            }
-        }
-        const auto add = [](float a, float b) { return a + b; };
-        const float total = over_quad(sum.x + sum.y, add), mean = total * inverse_warp_channels;
-        const float around_mean = over_quad(squares.x + squares.y, add) - total * mean;
-        moments = {pivot + mean, around_mean * inverse_channels};
-    };
-
-    // Maxima and products of a tile; behind a norm the modulated tile takes the place of x.
-    float largest = 0;
-    float sums[kRankTiles][4] = {};
-    const auto multiply = [&](uint32_t slot, int64_t row, int from) {
-        float mean = 0, deviation = 1;  // the latter's reciprocal
-        uint4 x[kBlocks], scales[kBlocks], shifts[kBlocks];
         if constexpr (norm) {
-            const int64_t offset = (row * p.channels + (pieces > 0 ? first_k : 0)) * 2;
+            const auto add = [](float a, float b) { return a + b; };
+            float sums[2]{}, means[2], squares[2]{};
 #pragma unroll
-            for (int j = 0; j < kBlocks; ++j) {  // branchless, so that loads overlap
-                const int of = max(0, min(j, pieces - 1)) * kBlockBytes;
-                scales[j] = __ldg(reinterpret_cast<const uint4*>(stream.scale + offset + of));
-                shifts[j] = __ldg(reinterpret_cast<const uint4*>(stream.shift + offset + of));
-            }
-#pragma unroll 2
-            for (int of = 0; of < ctas; ++of) mean += shared.cta_weights[of] * shared.moments[from][of][g].x;
-            float variance = stream.eps;
-#pragma unroll 2
-            for (int of = 0; of < ctas; ++of) {
-                const float2 part = shared.moments[from][of][g];
-                variance += part.y + shared.cta_weights[of] * (part.x - mean) * (part.x - mean);
-            }
-            deviation = rsqrtf(variance);
-        }
-        float even = 0, odd = 0;
+            for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int ranks = 0; ranks < kRankTiles; ++ranks)
+                for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[ranks][i] = 0;
+                    for (int j = 0; j < 8; ++j) sums[i] += values[c][i][j];
+            const float inverse_channels = given ? 1.0f / static_cast<float>(given * kGroupSize) : 0.0f;
+            const float mean = over_lanes(sums[0], sums[1], add) * inverse_channels;
+            of_both(mean, means);
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) x[j] = ptx::load_shared_16(slot + j * kBlockBytes, j < pieces);
+            for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-            uint32_t words[4] = {x[j].x, x[j].y, x[j].z, x[j].w};
-            if constexpr (norm) {
-                const uint32_t scale_words[4] = {scales[j].x, scales[j].y, scales[j].z, scales[j].w};
-                const uint32_t shift_words[4] = {shifts[j].x, shifts[j].y, shifts[j].z, shifts[j].w};
+                for (int c = 0; c < kChunks; ++c) {
+                    if (c >= given) continue;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float2 raw = unpacked<Element>(words[i]);
-                    const float2 a = unpacked<Element>(scale_words[i]), b = unpacked<Element>(shift_words[i]);
-                    const uint32_t modulated = packed<Element>(fmaf((raw.x - mean) * deviation, 1.0f + a.x, b.x),
-                                                               fmaf((raw.y - mean) * deviation, 1.0f + a.y, b.y));
-                    words[i] = j < pieces ? modulated : 0;
+                    for (int j = 0; j < 8; ++j) {
+                        const float around = values[c][i][j] - means[i];
+                        squares[i] = fmaf(around, around, squares[i]);
+                    }
                 }
-                ptx::store_shared_16(slot + j * kBlockBytes, {words[0], words[1], words[2], words[3]});
-            }
+            const float variance = over_lanes(squares[0], squares[1], add) / static_cast<float>(p.channels);
+            const float2 moments = exchange.moments({mean, variance}, turn);
+            float deviations[2];  // their reciprocals
+            of_both(moments.x, means), of_both(rsqrtf(moments.y + stream.eps), deviations);
+            const int64_t offset = (int64_t{tiles.row} * p.channels + int64_t{first_chunk} * kGroupSize + piece * 8) * 2;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 pair = unpacked<Element>(words[i]);
-                even = ptx::max_magnitude(even, smoothed(pair.x, p.shift, reciprocals[j][2 * i]));
-                odd = ptx::max_magnitude(odd, smoothed(pair.y, p.shift, reciprocals[j][2 * i + 1]));
+            for (int c = 0; c < kChunks; ++c) {
+                if (c >= given) continue;
+                const uint4 scale = __ldg(reinterpret_cast<const uint4*>(stream.scale + offset + c * kGroupSize * 2));
+                const uint4 shift = __ldg(reinterpret_cast<const uint4*>(stream.shift + offset + c * kGroupSize * 2));
+                const uint32_t scales[4] = {scale.x, scale.y, scale.z, scale.w};
+                const uint32_t shifts[4] = {shift.x, shift.y, shift.z, shift.w};
+                uint32_t words[2][4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float2 a = unpacked<Element>(scales[j]), b = unpacked<Element>(shifts[j]);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        float(&v)[8] = values[c][i];
+                        words[i][j] =
+                            packed<Element>(fmaf((v[2 * j] - means[i]) * deviations[i], 1.0f + a.x, b.x),
+                                            fmaf((v[2 * j + 1] - means[i]) * deviations[i], 1.0f + a.y, b.y));
+                        const float2 pair = unpacked<Element>(words[i][j]);
+                        v[2 * j] = pair.x, v[2 * j + 1] = pair.y;
+                    }
+                }
+                if constexpr (low_rank) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        ptx::store_shared_16(x_at(slot, c, i), {words[i][0], words[i][1], words[i][2], words[i][3]});
+                }
             }
             if constexpr (low_rank) {
+                ptx::fence_async_proxy();  // wgmma reads what was stored
+                __syncwarp();
+                if (lane == 0) ptx::arrive(place.barrier(shared.modulated, stage.index)), ptx::arrive(freed);
+            }
+        }
+
+        float largest[2][2]{};
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
+        for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-                    for (int ranks = 0; ranks < kRankTiles; ++ranks) {
-                        const uint4 a =
-                            ptx::load_shared_16(factors + j * kFactorBytes + (i * kRankTiles + ranks) * 512);
-                        ptx::mma_16<std::is_same_v<Element, BF16>>(sums[ranks], {a.x, a.y, a.z, a.w}, words[2 * i],
-                                                                   words[2 * i + 1]);
+            for (int half = 0; half < 2; ++half) {
+                const float4 four = load_shared_float4(own_reciprocals + (c * 16 + half * 8) * 16);
+                const float reciprocals[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        float& value = values[c][i][half * 4 + j];
+                        value = smoothed(value, p.shift, reciprocals[j]);
+                        largest[i][j % 2] = ptx::max_magnitude(largest[i][j % 2], value);
                     }
             }
-        }
-        largest = ptx::max_magnitude(even, odd);
-    };
-    // A warp's sums lie where its x of the tile was whose codes are done: a row is 8 lanes' accumulators of 16 ranks.
-    const auto sums_place = [&](int stage, int of_warp, int ranks, int of_lane) {
-        return ring + stage * kStageBytes + (ranks * 4 + of_lane / 8) * kRowBytes + of_warp * kWarpBytes +
-               of_lane % 8 * 16;
-    };
-
-    // Sends what the CTA's warps have left, and stores this CTA's own part. Each kind is the work of other warps.
-    const int share = kSumPairs / ctas;
-    // A warp puts four words of each lane to this place in CTA `to`, if there is one.
-    const auto send_or_store = [&](uint32_t place, int to, const uint32_t(&four)[4], uint32_t barrier) {
-        const uint4 words = {four[0], four[1], four[2], four[3]};
-        if (to == cta)
-            ptx::store_shared_16(place, words);
-        else if (to < ctas)
-            ptx::send_16(ptx::address_in_cta(place, to), words, ptx::address_in_cta(barrier, to));
-        __syncwarp();
-        if (lane == 0) ptx::arrive(barrier);
-    };
-    const auto send = [&](int step, int freed_stage) {
-        const int to = step % 2;
-        const uint32_t barrier = received + to * 8;
-        const int token = lane % kStreamTokens, part = lane / kStreamTokens;  // of four
-        if (threadIdx.x == 0)
-            ptx::arrive_expecting(barrier, (ctas - 1) * (kStreamTokens * (norm ? 12 : 4) + (low_rank ? share * 8 : 0)));
-        if (warp < kAddingWarps) {
-            if constexpr (low_rank) {
-                const int pair = static_cast<int>(threadIdx.x);
-                float2 sum{};
+        const auto maximum = [](uint32_t a, uint32_t b) { return max(a, b); };
+        const uint32_t own =
+            over_lanes(__float_as_uint(ptx::max_magnitude(largest[0][0], largest[0][1])),
+                       __float_as_uint(ptx::max_magnitude(largest[1][0], largest[1][1])), maximum);
+        const TokenScale token(exchange.maximum(own, turn));
+        const int own_token = row + piece / 4 * 4;
+        if (place.cta == 0 && warp == 0 && piece % 4 == 0 && own_token < tiles.tokens)
+            p.ascales[tiles.first + own_token] = token.activation;
+        float inverses[2];
+        uint32_t keep[2];
+        of_both(token.inverse, inverses), of_both(token.keep, keep);
 #pragma unroll
-                for (int of = 0; of < kWarps; ++of) {
-                    const float2 v = *reinterpret_cast<const float2*>(
-                        sums_place(freed_stage, of, pair / 64, pair / 2 % 32) + pair % 2 * 8);
-                    sum.x += v.x, sum.y += v.y;
-                }
-                (pair / share == cta ? shared.sums : shared.own_sums)[to][pair] = sum;
-                ptx::sync_threads<kSumPairs>(1);
-                if (warp == 0) ptx::fence_async_proxy();  // sends read what was stored, copies overwrite what was read
-                if (threadIdx.x == 0) ptx::arrive(barrier);
-                if (static_cast<int>(threadIdx.x) < ctas && static_cast<int>(threadIdx.x) != cta)
-                    ptx::bulk_send(ptx::address_in_cta(ptx::shared_address(&shared.sums[to][cta * share]), threadIdx.x),
-                                   ptx::shared_address(&shared.own_sums[to][threadIdx.x * share]), share * 8,
-                                   ptx::address_in_cta(barrier, threadIdx.x));
+        for (int i = 0; i < 2; ++i) {
+            int8_t* const out = codes + (int64_t{tiles.first} + row + i * 4) * code_row;
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) {
+                uint32_t bytes[8];
+#pragma unroll
+                for (int j = 0; j < 8; ++j) bytes[j] = rounded(values[c][i][j], inverses[i]);
+                const uint32_t low = low_bytes({bytes[0], bytes[4], bytes[1], bytes[5]}) & keep[i];
+                const uint32_t high = low_bytes({bytes[2], bytes[6], bytes[3], bytes[7]}) & keep[i];
+                const uint32_t got = __shfl_xor_sync(~0u, piece % 2 ? low : high, 1);
+                if (row + i * 4 < tiles.tokens && c < stored)
+                    *reinterpret_cast<uint2*>(out + c * kGroupSize) =
+                        piece % 2 ? make_uint2(got, high) : make_uint2(low, got);
             }
-            if constexpr (norm && !low_rank) ptx::fence_async_proxy();
-            const int next = step - kCodesLag + stream.stages;
-            if (warp == 0 && next < count) copy_tile(next, freed_stage);
-        } else if (warp == kMaximaWarp) {
-            uint32_t bits = 0;
+        }
 #pragma unroll
-            for (int of = 0; of < kWarps; of += 4)
-                if (of + part < kWarps) bits = max(bits, shared.warp_maxima[to][of + part][token]);
-            bits = max(bits, __shfl_xor_sync(~0u, bits, 8));
-            bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
-            uint32_t four[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) four[i] = __shfl_sync(~0u, bits, lane % 2 * 4 + i);
-            send_or_store(ptx::shared_address(&shared.maxima[to][cta][lane % 2 * 4]), lane / 2, four, barrier);
-        } else if (norm && warp == kMomentsWarp) {
-            const auto over_parts = [](float value) {
-                value += __shfl_xor_sync(~0u, value, 8);
-                return value + __shfl_xor_sync(~0u, value, 16);
+        for (int i = 0; i < kGroups; ++i) tiles.advance(), stage.advance();
+    }
+}
+
+// ---- The kernel -----------------------------------------------------------------------------------------------------
+
+// 1 / smooth of this CTA's channels, zeros beyond them: in halves of 8 channels, so that 8 lanes read other banks.
+template <int kChunks>
+__device__ void store_reciprocals(const StreamParameters& stream, const StreamPlace& place, int threads) {
+    const Parameters& p = stream.common;
+    constexpr int kChannels = kGroupWarps * kChunks * kGroupSize;
+    const int64_t first = int64_t{place.cta} * stream.cta_chunks * kGroupSize;
+    const int64_t end = min(p.channels, first + stream.cta_chunks * kGroupSize);
+    for (int i = threadIdx.x; i < kChannels; i += threads) {
+        const int64_t k = first + i, read = min(k, end - 1);
+        const int64_t position = read / 16 * 16 + read % 8 / 2 * 4 + read % 16 / 8 * 2 + read % 2;
+        const float smooth = p.smooth && end > first ? load_smooth_at(p, position) : 1.0f;
+        const uint32_t at = place.reciprocals + ((i / 64 * 2 + i % 8 / 4) * 8 + i % 64 / 8) * 16 + i % 4 * 4;
+        ptx::store_shared_4(at, __float_as_uint(k < end ? __frcp_rn(smooth) : 0.0f));
+    }
+}
+
+template <class Element, int kChunks, bool low_rank, bool norm>
+__global__ void __launch_bounds__(stream_warps(kChunks, low_rank) * 32, 1)
+    quantize_stream(const __grid_constant__ CUtensorMap x, const __grid_constant__ StreamParameters stream) {
+    constexpr int kGroups = stream_groups(kChunks, low_rank), kQuantizing = kGroups * kGroupWarps * 32;
+    // Together no more than what 64 K registers are when all threads have the same multiple of 8.
+    constexpr int kQuantizeRegisters = kGroups == 3 ? 80 : low_rank ? 96 : 104;
+    constexpr int kOtherRegisters = kGroups == 3 ? 24 : low_rank ? 48 : 64;
+    extern __shared__ __align__(1024) char stream_memory[];  // the swizzle counts from multiples of 1024
+    const Parameters& p = stream.common;
+    const StreamPlace place(stream, stream_memory, stream.cta_chunks * kChunkBytes,
+                            low_rank ? stream.cta_chunks * kFactorChunkBytes : 0,
+                            kGroupWarps * kChunks * kGroupSize * 4);
+    StreamShared& shared = place.shared;
+    const bool copies = threadIdx.x == blockDim.x - 128;
+    StreamCopies copying{stream, place, &x, StreamTiles(stream, place.team, place.teams), {0, 0, stream.stages}};
+    if (copies) {
+        for (int i = 0; i < stream.stages; ++i) {
+            ptx::init_barrier(place.barrier(shared.arrived, i), 1);
+            ptx::init_barrier(place.barrier(shared.modulated, i), kGroupWarps);
+            ptx::init_barrier(place.barrier(shared.freed, i), kGroupWarps + (low_rank ? 4 : 0));
+        }
+        for (int i = 0; i < 2; ++i) {
+            ptx::init_barrier(place.barrier(shared.sums_received, i), 1);
+            for (int group = 0; group < kGroups; ++group) {
+                ptx::init_barrier(place.barrier(shared.groups[group].maxima_received, i), 1);
+                ptx::init_barrier(place.barrier(shared.groups[group].moments_received, i), 1);
+            }
+        }
+        ptx::fence_barrier_init();
+        copying.start();
+    }
+    ptx::cluster_arrive_relaxed();
+    if (threadIdx.x < kQuantizing) {
+        store_reciprocals<kChunks>(stream, place, kQuantizing);
+        // Of CTAs that are not there.
+        for (int i = threadIdx.x; i < kGroups * 2 * kStreamCtas * kStreamTokens; i += kQuantizing) {
+            const int of = i / kStreamTokens % kStreamCtas, slot = i / kStreamTokens / kStreamCtas;
+            if (of < place.ctas) continue;
+            shared.groups[slot / 2].maxima[slot % 2][of][i % kStreamTokens] = 0;
+            shared.groups[slot / 2].moments[slot % 2][of][i % kStreamTokens] = {};
+        }
+        if (norm && threadIdx.x < kStreamCtas) {
+            const auto channels = [&](int64_t first, int64_t end) {
+                return static_cast<float>(max(int64_t{0}, min(end, p.channels) - min(first, p.channels)));
             };
-            constexpr int kParts = (kWarps + 3) / 4;
-            float2 v[kParts];
-            float weights[kParts], mean = 0, variance = 0;
-#pragma unroll
-            for (int i = 0; i < kParts; ++i) {
-                const int of = min(i * 4 + part, kWarps - 1);
-                v[i] = shared.warp_moments[to][of][token];
-                weights[i] = of == i * 4 + part ? shared.warp_weights[of] : 0.0f;
-                if (of != i * 4 + part) v[i].y = 0;
-                mean += weights[i] * v[i].x;
-            }
-            mean = over_parts(mean);
-#pragma unroll
-            for (int i = 0; i < kParts; ++i)
-                variance += v[i].y + shared.cta_weights[cta] * weights[i] * (v[i].x - mean) * (v[i].x - mean);
-            variance = over_parts(variance);
-            uint32_t four[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                four[i] = __float_as_uint(__shfl_sync(~0u, i % 2 ? variance : mean, lane % 4 * 2 + i / 2));
-            send_or_store(ptx::shared_address(&shared.moments[to][cta][lane % 4 * 2]), lane / 4, four, barrier);
+            const int64_t cta_channels = stream.cta_chunks * kGroupSize, of = threadIdx.x;
+            shared.cta_weights[of] =
+                of < place.ctas ? channels(of * cta_channels, (of + 1) * cta_channels) / p.channels : 0.0f;
+            const int64_t first = place.cta * cta_channels, warp_channels = kChunks * kGroupSize;
+            shared.warp_weights[of] =
+                channels(first + min(of * warp_channels, cta_channels), first + min((of + 1) * warp_channels, cta_channels)) /
+                max(1.0f, channels(first, first + cta_channels));
         }
-    };
+    }
+    __syncthreads();
+    ptx::cluster_wait();  // all barriers are there
 
-    const int64_t code_row = int64_t{p.groups} * kGroupSize;
-    const auto finish = [&](uint32_t slot, const StreamTile tile, int from) {
-        uint32_t bits = 0;
-#pragma unroll 2
-        for (int of = 0; of < ctas; ++of) bits = max(bits, shared.maxima[from][of][g]);
-        const TokenScale token(bits);
-        if (cta == 0 && warp == 0 && u == 0 && g < tile.tokens) p.ascales[tile.first + g] = token.activation;
-        // Lanes of a pair swap words: the even one stores the first 16 bytes of a block's codes, the odd one the
-        // others.
-        int8_t* const out =
-            p.codes + (tile.first + g) * code_row + int64_t{first_block} * kBlockChannels + u % 2 * 16 + u / 2 * 8;
-        uint4 x[kBlocks];
-#pragma unroll
-        for (int j = 0; j < kBlocks; ++j) x[j] = ptx::load_shared_16(slot + j * kBlockBytes, j < pieces);
-        uint2 bytes[kBlocks];
-#pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-            const uint32_t words[4] = {x[j].x, x[j].y, x[j].z, x[j].w};
-            uint32_t codes[8];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 pair = unpacked<Element>(words[i]);
-                codes[2 * i] = rounded(smoothed(pair.x, p.shift, reciprocals[j][2 * i]), token.inverse);
-                codes[2 * i + 1] = rounded(smoothed(pair.y, p.shift, reciprocals[j][2 * i + 1]), token.inverse);
-            }
-            const uint32_t low = low_bytes({codes[0], codes[4], codes[1], codes[5]}) & token.keep;
-            const uint32_t high = low_bytes({codes[2], codes[6], codes[3], codes[7]}) & token.keep;
-            const uint32_t got = __shfl_xor_sync(~0u, u % 2 ? low : high, 1);
-            bytes[j] = u % 2 ? make_uint2(got, high) : make_uint2(low, got);
-        }
-        if (g < tile.tokens)
-#pragma unroll
-            for (int j = 0; j < kBlocks; ++j)
-                if (j < blocks) *reinterpret_cast<uint2*>(out + j * kBlockChannels) = bytes[j];
-        const int index = static_cast<int>(threadIdx.x) - kSumPairs;  // warps that do not add up
-        if (low_rank && index >= 0 && index < share) {
-            float2 sum{};
-#pragma unroll 2
-            for (int of = 0; of < ctas; ++of) {
-                const float2 v = shared.sums[from][of * share + index];
-                sum.x += v.x, sum.y += v.y;
-            }
-            const int pair = cta * share + index, of_lane = pair / 2 % 32;
-            const int rank = pair / 64 * 16 + pair % 2 * 8 + of_lane / 4, of_token = of_lane % 4 * 2;
-            if (rank < p.rank && of_token < tile.tokens) store_sum(p, tile.first + of_token, rank, sum.x);
-            if (rank < p.rank && of_token + 1 < tile.tokens) store_sum(p, tile.first + of_token + 1, rank, sum.y);
-        }
-    };
-
-    int stage = 0, parity = 0;  // of the tile that arrives in this step
-    const auto before = [&](int by) { return stage - by + (stage < by ? stream.stages : 0); };
-#pragma unroll 1
-    for (int step = 0; step < count + kCodesLag; ++step) {
-        if (step < count) {
-            ptx::wait(arrived + stage * 8, parity);
-            if constexpr (norm)
-                find_moments(stage);
-            else
-                multiply(own_ring + stage * kStageBytes, 0, 0);
-        }
-        const int from = (step + 1) % 2;
-        if (step > 0) ptx::wait(received + from * 8, (step - 1) / 2 % 2);
-        if constexpr (norm) {
-            if (u == 0) shared.warp_moments[step % 2][warp][g] = moments;
-            const int of = before(1);
-            if (step > 0 && step <= count) multiply(own_ring + of * kStageBytes, shared.tiles[of].row, from);
-        }
-        const uint32_t bits = over_quad(__float_as_uint(largest), [](uint32_t a, uint32_t b) { return max(a, b); });
-        if (u == 0) shared.warp_maxima[step % 2][warp][g] = bits;
-        const int freed = before(kCodesLag);
-        if (step >= kCodesLag) finish(own_ring + freed * kStageBytes, shared.tiles[freed], from);
-        if (step < count + kProductsLag) {
-            if constexpr (low_rank) {
-                __syncwarp();
-#pragma unroll
-                for (int ranks = 0; ranks < kRankTiles; ++ranks)
-                    *reinterpret_cast<float4*>(sums_place(freed, warp, ranks, lane)) = {sums[ranks][0], sums[ranks][1],
-                                                                                        sums[ranks][2], sums[ranks][3]};
-            }
-            __syncthreads();
-            send(step, freed);
-        }
-        if (++stage == stream.stages) stage = 0, parity ^= 1;
+    if (threadIdx.x < kQuantizing) {
+        ptx::take_registers<kQuantizeRegisters>();
+        quantize_tiles<Element, kChunks, kGroups, low_rank, norm>(stream, place);
+    } else {
+        ptx::give_up_registers<kOtherRegisters>();
+        if (copies)
+            copying.finish();
+        else if (low_rank && threadIdx.x < kQuantizing + 128)
+            sum_low_rank<Element, norm>(stream, place);
     }
     ptx::cluster_arrive_relaxed();  // no CTA ends before the others have what it sent
     ptx::cluster_wait();
