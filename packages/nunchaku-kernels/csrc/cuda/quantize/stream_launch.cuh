@@ -7,34 +7,39 @@
 namespace nk::cuda::quantize {
 
 struct StreamPlan {
-    int ctas, cta_chunks, chunks, stages;  // of a cluster, of a CTA, of a warp; stages 0: does not fit
+    int ctas, cta_chunks, chunks, slots;  // of a cluster, of a CTA, of a warp; slots 0: does not fit
     size_t shared_bytes;
 };
 
-inline StreamPlan stream_plan_for(int ctas, const QuantizeArguments& a) {
+inline StreamPlan stream_plan_for(int ctas, const QuantizeArguments& a, bool norm) {
     const int64_t groups = a.padded_k / kGroupSize, cta_chunks = (groups + ctas - 1) / ctas;
     StreamPlan plan{ctas, static_cast<int>(cta_chunks + cta_chunks % 2), 0, 0, 0};
-    if (cta_chunks > kGroupWarps * kLargestChunks) return {};
     plan.chunks = (plan.cta_chunks + kGroupWarps - 1) / kGroupWarps;
-    const int64_t fixed = sizeof(StreamShared) + kGroupWarps * plan.chunks * kGroupSize * 4 +
+    // Behind a norm the largest kernel spills registers.
+    if (plan.chunks > kLargestChunks - (norm && ctas < kStreamCtas ? 1 : 0)) return {};
+    const int64_t head = norm ? sizeof(StreamShared<2, true>) : sizeof(StreamShared<3, false>);  // at most
+    const int64_t fixed = head + kGroupWarps * plan.chunks * kGroupSize * 4 +
                           (a.rank ? plan.cta_chunks * kFactorChunkBytes : 0);
-    const int64_t stage_bytes = plan.cta_chunks * kChunkBytes;
+    const int64_t slice_bytes = plan.chunks * 2 * kChunkBytes;
     const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    plan.stages = static_cast<int>(std::min<int64_t>(kStreamStages, (room - fixed) / stage_bytes));
-    if (plan.stages < stream_groups(plan.chunks, a.rank)) return {};
-    plan.shared_bytes = static_cast<size_t>(fixed + plan.stages * stage_bytes);
+    plan.slots = static_cast<int>(std::min<int64_t>(kStreamSlots, (room - fixed) / slice_bytes));
+    if (plan.slots * plan.chunks * 2 < plan.cta_chunks) return {};  // less than a tile
+    plan.shared_bytes = static_cast<size_t>(fixed + plan.slots * slice_bytes);
     return plan;
 }
 
 // As few CTAs per cluster as hold the channels, more where there are too few tiles.
-inline StreamPlan stream_plan(const QuantizeArguments& a) {
+inline StreamPlan stream_plan(const QuantizeArguments& a, bool norm) {
     const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
     const int64_t groups = a.padded_k / kGroupSize, tiles = (a.tokens + kStreamTokens - 1) / kStreamTokens;
     StreamPlan best{};
+#ifdef TRYING
+    if (getenv("CTAS")) return stream_plan_for(atoi(getenv("CTAS")), a, norm);
+#endif
     for (int ctas = 2; ctas <= kStreamCtas; ctas *= 2) {
-        if (best.stages && (tiles * ctas > processors || groups < ctas * 6)) break;
-        const StreamPlan plan = stream_plan_for(ctas, a);
-        if (plan.stages) best = plan;
+        if (best.slots && (tiles * ctas > processors || groups < ctas * 6)) break;
+        const StreamPlan plan = stream_plan_for(ctas, a, norm);
+        if (plan.slots) best = plan;
     }
     return best;
 }
@@ -69,7 +74,7 @@ int active_clusters(const StreamPlan& plan, int threads, Kernel kernel) {
 
 template <class Element, int kChunks, bool low_rank, bool norm>
 void launch_stream_kernel(const StreamPlan& plan, const StreamParameters& p, cudaStream_t stream) {
-    constexpr int kThreads = stream_warps(kChunks, low_rank) * 32;
+    constexpr int kThreads = stream_warps(kChunks, low_rank, norm) * 32;
     const auto kernel = quantize_stream<Element, kChunks, low_rank, norm>;
     const int64_t tiles = (p.common.tokens + kStreamTokens - 1) / kStreamTokens;
     const int64_t clusters = std::min<int64_t>(active_clusters(plan, kThreads, kernel), tiles);
@@ -77,7 +82,7 @@ void launch_stream_kernel(const StreamPlan& plan, const StreamParameters& p, cud
     const sm90::Planes chunks{x.x, x.tokens, kGroupSize, x.channels / kGroupSize, kGroupSize * 2,
                               x.tokens > 1 ? x.row_bytes : x.channels * 2};
     const CUtensorMap map = sm90::make_tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, chunks, kGroupSize * 2,
-                                                  kStreamTokens, plan.cta_chunks);
+                                                  kStreamTokens, 2);
     launch_clusters(plan.ctas, kernel, dim3(static_cast<unsigned>(clusters * plan.ctas)), dim3(kThreads),
                     plan.shared_bytes, stream, "w4a8_quantize", map, p);
 }
@@ -109,10 +114,10 @@ inline bool run_stream(const QuantizeArguments& a, const ModulationArguments* mo
     const DType dtype = static_cast<DType>(a.x.dtype);
     if (dtype == DType::f32 || !p.common.x_aligned || a.rank > kStreamRanks) return false;
     if (a.channels % kGroupSize || a.tokens > INT32_MAX || (a.tokens > 1 && a.stride < a.channels)) return false;
-    const StreamPlan plan = stream_plan(a);
-    if (!plan.stages || (!modulation && !stream_wins(plan, a))) return false;
+    const StreamPlan plan = stream_plan(a, modulation != nullptr);
+    if (!plan.slots || (!modulation && !stream_wins(plan, a))) return false;
     p.row_tokens = static_cast<int>(a.tokens / (modulation ? modulation->rows : 1));
-    p.cta_chunks = plan.cta_chunks, p.stages = plan.stages;
+    p.cta_chunks = plan.cta_chunks, p.slots = plan.slots;
     if (modulation) {
         if (!aligned(modulation->scale.data) || !aligned(modulation->shift.data)) return false;
         p.scale = static_cast<const char*>(modulation->scale.data);
