@@ -39,6 +39,7 @@ static_assert(kGroupWarps == kStreamCtas);                        // weights of 
 struct StreamParameters {
     Parameters common;
     int cta_chunks;  // of 64 channels, even: two of them are multiplied at once
+    int box_chunks;  // of a copy, even
     int slots;
     int row_tokens;  // that share a row of the modulation; no tile has tokens of two rows
     const char *scale, *shift;
@@ -47,7 +48,10 @@ struct StreamParameters {
 
 // CTAs share a multiprocessor with no other, so groups hide each other's waiting; registers limit their number.
 __host__ __device__ constexpr int stream_groups(int chunks, bool low_rank, bool norm) {
-    return chunks <= 3 && !low_rank && !norm ? 3 : 2;
+#ifdef GROUPS
+    return GROUPS;
+#endif
+    return 2;
 }
 
 __host__ __device__ constexpr int stream_warps(int chunks, bool low_rank, bool norm) {
@@ -164,7 +168,7 @@ struct StreamCopies {
         const uint32_t barrier = place.barrier(place.shared.arrived, slot.index);
         const int chunks = place.slice_chunks(slice), first = slice * Place::kSliceChunks;
         ptx::arrive_expecting(barrier, chunks * kChunkBytes);
-        for (int chunk = 0; chunk < chunks; chunk += 2)
+        for (int chunk = 0; chunk < chunks; chunk += place.stream.box_chunks)
             ptx::tensor_load_3d(place.ring + slot.index * Place::kSliceBytes + chunk * kChunkBytes, map, 0, tiles.first,
                                 place.cta * place.stream.cta_chunks + first + chunk, barrier);
         slot.advance(1);
@@ -184,25 +188,25 @@ struct StreamCopies {
 
 // ---- The warpgroup of the low-rank sums -----------------------------------------------------------------------------
 
-// This CTA's part of the factor, rank-major in chunks of 64 channels, swizzled. For all warps.
-template <class Place>
+// This CTA's part of the factor, rank-major in chunks of 64 channels, swizzled. For the CTA's first warps.
+template <int kWarps, class Place>
 __device__ void load_factor(const Place& place) {
     const Parameters& p = place.stream.common;
-    constexpr int kBatch = 4;  // loads in flight
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32, tiles = p.rank / 16;
+    constexpr int kBatch = 8;  // loads in flight
+    const int lane = threadIdx.x % 32, tiles = p.rank / 16;
     const int steps = place.stream.cta_chunks * 4 * kRankTiles;  // of 16 channels and 16 ranks
     const int first = place.cta * place.stream.cta_chunks * 4, end = p.groups * 4;
 #pragma unroll 1
-    for (int from = threadIdx.x / 32; from < steps; from += warps * kBatch) {
+    for (int from = threadIdx.x / 32; from < steps; from += kWarps * kBatch) {
         uint4 words[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {  // branchless, so that loads overlap
-            const int step = from + i * warps, tile = min(step % kRankTiles, tiles - 1);
+            const int step = from + i * kWarps, tile = min(step % kRankTiles, tiles - 1);
             words[i] = __ldg(p.proj_down + (min(first + step / kRankTiles, end - 1) * tiles + tile) * 32 + lane);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const int step = from + i * warps, tile = step % kRankTiles, k = step / kRankTiles;
+            const int step = from + i * kWarps, tile = step % kRankTiles, k = step / kRankTiles;
             if (step >= steps) continue;
             if (tile >= tiles || first + k >= end) words[i] = {};
             // Published order has the two halves of a row's 16 channels together, then the row eight below.
@@ -315,6 +319,9 @@ __device__ __forceinline__ void of_both(T value, T (&both)[2]) {
     both[0] = upper ? other : value, both[1] = upper ? value : other;
 }
 
+__device__ __forceinline__ uint32_t& word(uint4& words, int i) { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
+__device__ __forceinline__ uint32_t word(const uint4& words, int i) { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
+
 // The maxima, or behind a norm the moments, of a tile's tokens over all channels: each warp leaves its own in shared
 // memory, a warp adds up what the CTA has and sends it to all CTAs.
 template <class Place>
@@ -333,13 +340,13 @@ struct StreamExchange {
         meet();
         if (warp == 0) {
             if (lane == 0) ptx::arrive_expecting(barrier, place.ctas * kHalfTokens * 4);
-            const int of_cta = lane / 2, half = lane % 2;
-            uint4 largest{};
+            // A lane has four tokens of one warp, at the end those of all warps, for one CTA.
+            const int half = lane % 2, of_cta = lane / 2;
+            uint4 largest = *reinterpret_cast<const uint4*>(&shared.warp_maxima[id][of_cta % kGroupWarps][half * 4]);
 #pragma unroll
-            for (int of = 0; of < kGroupWarps; ++of) {
-                const uint4 v = *reinterpret_cast<const uint4*>(&shared.warp_maxima[id][of][half * 4]);
-                largest = {max(largest.x, v.x), max(largest.y, v.y), max(largest.z, v.z), max(largest.w, v.w)};
-            }
+            for (int bit = 2; bit < 16; bit *= 2)
+                for (int i = 0; i < 4; ++i)
+                    word(largest, i) = max(word(largest, i), __shfl_xor_sync(~0u, word(largest, i), bit));
             if (of_cta < place.ctas)
                 ptx::send_16(ptx::address_in_cta(ptx::shared_address(&shared.maxima[id][to][place.cta][half * 4]), of_cta),
                              largest, ptx::address_in_cta(barrier, of_cta));
@@ -360,20 +367,19 @@ struct StreamExchange {
         meet();
         if (warp == 0) {
             if (lane == 0) ptx::arrive_expecting(barrier, place.ctas * kHalfTokens * 8);
-            const int of_cta = lane / 4, two = lane % 4;
-            float4 parts[kGroupWarps];
-            float2 mean{}, variance{};
+            // A lane has two tokens of one warp, at the end those of all warps, for one CTA.
+            const int two = lane % 4, of_cta = lane / 4;
+            const auto over_warps = [](float2 v) {
 #pragma unroll
-            for (int of = 0; of < kGroupWarps; ++of) {
-                parts[of] = *reinterpret_cast<const float4*>(&shared.warp_moments[id][of][two * 2]);
-                mean.x += shared.warp_weights[of] * parts[of].x, mean.y += shared.warp_weights[of] * parts[of].z;
-            }
-#pragma unroll
-            for (int of = 0; of < kGroupWarps; ++of) {
-                const float weight = shared.cta_weights[place.cta] * shared.warp_weights[of];
-                variance.x += parts[of].y + weight * (parts[of].x - mean.x) * (parts[of].x - mean.x);
-                variance.y += parts[of].w + weight * (parts[of].z - mean.y) * (parts[of].z - mean.y);
-            }
+                for (int bit = 4; bit < 32; bit *= 2)
+                    v.x += __shfl_xor_sync(~0u, v.x, bit), v.y += __shfl_xor_sync(~0u, v.y, bit);
+                return v;
+            };
+            const float4 part = *reinterpret_cast<const float4*>(&shared.warp_moments[id][of_cta][two * 2]);
+            const float weight = shared.warp_weights[of_cta], of_all = shared.cta_weights[place.cta] * weight;
+            const float2 mean = over_warps({weight * part.x, weight * part.z});
+            const float2 variance = over_warps({part.y + of_all * (part.x - mean.x) * (part.x - mean.x),
+                                                part.w + of_all * (part.z - mean.y) * (part.z - mean.y)});
             const uint4 words{__float_as_uint(mean.x), __float_as_uint(variance.x), __float_as_uint(mean.y),
                               __float_as_uint(variance.y)};
             if (of_cta < place.ctas)
@@ -423,15 +429,21 @@ __device__ void quantize_halves(const StreamPlace<kChunks, kGroups, low_rank, no
     StreamSlot slot{0, 0, stream.slots};
     slot.advance(min(slice, place.slices - 1));
     int half = 0, turn = 0;
-    const auto advance = [&](int halves) {
+    // A barrier tells the phase before from the one after, no more: a group awaits the tiles, too, that it skips.
+    const auto advance = [&](int halves, bool skips) {
         half += halves;
 #pragma unroll 1
-        for (; half >= 2; half -= 2) tiles.advance(), slot.advance(place.slices);
+        for (; half >= 2; half -= 2, skips = true) {
+            if (kGroups > 2 && skips && has_slice && tiles.left())
+                ptx::wait(place.barrier(shared.arrived, slot.index), slot.parity);
+            tiles.advance(), slot.advance(place.slices);
+        }
     };
 #pragma unroll 1
-    for (advance(id); tiles.left(); advance(kGroups)) {
+    for (advance(id, true); tiles.left(); advance(kGroups, false)) {
         const int first = tiles.first + half * kHalfTokens, tokens = tiles.tokens - half * kHalfTokens;
         const uint32_t freed = place.barrier(shared.freed, slot.index);
+        if (has_slice) ptx::wait(place.barrier(shared.arrived, slot.index), slot.parity);
         if (tokens <= 0) {
             if (has_slice && lane == 0) {
                 ptx::arrive(freed);
@@ -444,7 +456,6 @@ __device__ void quantize_halves(const StreamPlace<kChunks, kGroups, low_rank, no
         float values[kChunks][2][8];
         {
             uint4 x[kChunks][2];
-            if (has_slice) ptx::wait(place.barrier(shared.arrived, slot.index), slot.parity);
 #pragma unroll
             for (int c = 0; c < kChunks; ++c)
 #pragma unroll
@@ -494,7 +505,8 @@ __device__ void quantize_halves(const StreamPlace<kChunks, kGroups, low_rank, no
                 (int64_t{tiles.row} * p.channels + (given ? int64_t{first_chunk} * kGroupSize + piece * 8 : 0)) * 2;
             const float2 moments = exchange.moments({mean, variance}, turn);
             float deviations[2];  // their reciprocals
-            of_both(moments.x, means), of_both(rsqrtf(moments.y + stream.eps), deviations);
+            const float deviation = rsqrtf(moments.y + stream.eps);
+            of_both(deviation, deviations), of_both(-moments.x * deviation, means);
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
                 const int of = max(0, min(c, given - 1)) * kRowBytes;  // branchless, so that loads overlap
@@ -510,8 +522,8 @@ __device__ void quantize_halves(const StreamPlace<kChunks, kGroups, low_rank, no
                     for (int i = 0; i < 2; ++i) {
                         float(&v)[8] = values[c][i];
                         words[i][j] =
-                            packed<Element>(fmaf((v[2 * j] - means[i]) * deviations[i], 1.0f + a.x, b.x),
-                                            fmaf((v[2 * j + 1] - means[i]) * deviations[i], 1.0f + a.y, b.y));
+                            packed<Element>(fmaf(fmaf(v[2 * j], deviations[i], means[i]), 1.0f + a.x, b.x),
+                                            fmaf(fmaf(v[2 * j + 1], deviations[i], means[i]), 1.0f + a.y, b.y));
                         const float2 pair = unpacked<Element>(words[i][j]);
                         v[2 * j] = pair.x, v[2 * j + 1] = pair.y;
                     }
@@ -541,7 +553,8 @@ __device__ void quantize_halves(const StreamPlace<kChunks, kGroups, low_rank, no
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         float& value = values[c][i][quad * 4 + j];
-                        value = smoothed(value, p.shift, reciprocals[j]);
+                        // Behind a norm there is no shift.
+                        value = norm ? __fmul_rn(value, reciprocals[j]) : smoothed(value, p.shift, reciprocals[j]);
                         largest[i][j % 2] = ptx::max_magnitude(largest[i][j % 2], value);
                     }
             }
@@ -578,17 +591,24 @@ __device__ void quantize_halves(const StreamPlace<kChunks, kGroups, low_rank, no
 // ---- The kernel -----------------------------------------------------------------------------------------------------
 
 // 1 / smooth of this CTA's channels, zeros beyond them: in halves of 8 channels, so that 8 lanes read other banks.
-template <int kChunks, class Place>
-__device__ void store_reciprocals(const Place& place) {
+template <int kChunks, int kThreads, class Place>
+__device__ void store_reciprocals(const Place& place, int thread) {
     const Parameters& p = place.stream.common;
+    constexpr int kEach = (kGroupWarps * kChunks * kGroupSize + kThreads - 1) / kThreads;
     const int first = place.cta * place.stream.cta_chunks * kGroupSize, channels = static_cast<int>(p.channels);
     const int end = min(channels, first + place.stream.cta_chunks * kGroupSize);
-    for (int i = threadIdx.x; i < kGroupWarps * kChunks * kGroupSize; i += blockDim.x) {
-        const int k = first + i, read = min(k, channels - 1);
-        const int position = read / 16 * 16 + read % 8 / 2 * 4 + read % 16 / 8 * 2 + read % 2;
-        const float smooth = p.smooth ? load_smooth_at(p, position) : 1.0f;
-        const uint32_t at = place.reciprocals + ((i / 64 * 2 + i % 8 / 4) * 8 + i % 64 / 8) * 16 + i % 4 * 4;
-        ptx::store_shared_4(at, __float_as_uint(k < end ? __frcp_rn(smooth) : 0.0f));
+    float smooth[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {  // branchless, so that loads overlap
+        const int k = min(first + thread + i * kThreads, channels - 1);
+        smooth[i] = p.smooth ? load_smooth_at(p, k / 16 * 16 + k % 8 / 2 * 4 + k % 16 / 8 * 2 + k % 2) : 1.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        const int k = thread + i * kThreads;
+        if (k >= kGroupWarps * kChunks * kGroupSize) break;
+        const uint32_t at = place.reciprocals + ((k / 64 * 2 + k % 8 / 4) * 8 + k % 64 / 8) * 16 + k % 4 * 4;
+        ptx::store_shared_4(at, __float_as_uint(first + k < end ? __frcp_rn(smooth[i]) : 0.0f));
     }
 }
 
@@ -596,6 +616,7 @@ template <class Element, int kChunks, bool low_rank, bool norm>
 __global__ void __launch_bounds__(stream_warps(kChunks, low_rank, norm) * 32, 1)
     quantize_stream(const __grid_constant__ CUtensorMap x, const __grid_constant__ StreamParameters stream) {
     constexpr int kGroups = stream_groups(kChunks, low_rank, norm), kQuantizing = kGroups * kGroupWarps * 32;
+    constexpr int kThreads = stream_warps(kChunks, low_rank, norm) * 32, kPreparing = kThreads - 128;
     // Together no more than what 64 K registers are when all threads have the same multiple of 8.
     constexpr int kQuantizeRegisters = kGroups == 3 ? 80 : low_rank ? 96 : 104;
     constexpr int kOtherRegisters = kGroups == 3 ? 24 : low_rank ? 48 : 64;
@@ -606,7 +627,6 @@ __global__ void __launch_bounds__(stream_warps(kChunks, low_rank, norm) * 32, 1)
     auto& shared = place.shared;
     const int lane = threadIdx.x % 32;
     const bool copies = threadIdx.x == blockDim.x - 128;
-    StreamCopies<Place> copying(place, &x);
     if (threadIdx.x / 32 == blockDim.x / 32 - 4) {
         if (lane < stream.slots) {
             ptx::init_barrier(place.barrier(shared.arrived, lane), 1);
@@ -622,43 +642,48 @@ __global__ void __launch_bounds__(stream_warps(kChunks, low_rank, norm) * 32, 1)
         }
         ptx::fence_barrier_init();
         __syncwarp();
-        if (copies) copying.start();
     }
     ptx::cluster_arrive_relaxed();
-    store_reciprocals<kChunks>(place);
-    for (int i = threadIdx.x; i < kGroups * 2 * kStreamCtas * kHalfTokens; i += blockDim.x) {
-        const int token = i % kHalfTokens, of = i / kHalfTokens % kStreamCtas, at = i / kHalfTokens / kStreamCtas;
-        if (of < place.ctas) continue;
-        shared.maxima[at / 2][at % 2][of][token] = 0;
-        if constexpr (norm) shared.moments[at / 2][at % 2][of][token] = {};
-    }
-    if (norm && threadIdx.x < kStreamCtas) {
-        const int of = threadIdx.x, cta_channels = stream.cta_chunks * kGroupSize;
-        const int first = place.cta * cta_channels, warp_channels = kChunks * kGroupSize;
-        const auto channels = [&](int from, int end) {
-            const int all = static_cast<int>(p.channels);
-            return static_cast<float>(min(end, all) - min(from, all));
-        };
-        shared.cta_weights[of] =
-            of < place.ctas ? channels(of * cta_channels, (of + 1) * cta_channels) / p.channels : 0.0f;
-        shared.warp_weights[of] = channels(first + min(of * warp_channels, cta_channels),
-                                           first + min((of + 1) * warp_channels, cta_channels)) /
-                                  max(1.0f, channels(first, first + cta_channels));
-    }
-    if constexpr (low_rank) load_factor(place);
-    __syncthreads();
-    ptx::cluster_wait();  // all barriers are there
-
     const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // of a warpgroup
-    if (role < kQuantizing / 128) {
-        ptx::take_registers<kQuantizeRegisters>();
-        quantize_halves<Element>(place);
-    } else {
+    if (role == kThreads / 128 - 1) {
         ptx::give_up_registers<kOtherRegisters>();
-        if (low_rank && role == kQuantizing / 128)
+        StreamCopies<Place> copying(place, &x);
+        if (copies) copying.start();
+        ptx::cluster_wait();  // all barriers are there
+        if (copies) copying.finish();
+    } else {
+        if (role < kQuantizing / 128 && low_rank)
+            load_factor<kQuantizing / 32>(place);
+        else
+            store_reciprocals<kChunks, low_rank ? 128 : kQuantizing>(place, threadIdx.x % (low_rank ? 128 : kQuantizing));
+        for (int i = threadIdx.x; i < kGroups * 2 * kStreamCtas * kHalfTokens; i += kPreparing) {
+            const int token = i % kHalfTokens, of = i / kHalfTokens % kStreamCtas, at = i / kHalfTokens / kStreamCtas;
+            if (of < place.ctas) continue;
+            shared.maxima[at / 2][at % 2][of][token] = 0;
+            if constexpr (norm) shared.moments[at / 2][at % 2][of][token] = {};
+        }
+        if (norm && threadIdx.x < kStreamCtas) {
+            const int of = threadIdx.x, cta_channels = stream.cta_chunks * kGroupSize;
+            const int first = place.cta * cta_channels, warp_channels = kChunks * kGroupSize;
+            const auto channels = [&](int from, int end) {
+                const int all = static_cast<int>(p.channels);
+                return static_cast<float>(min(end, all) - min(from, all));
+            };
+            shared.cta_weights[of] =
+                of < place.ctas ? channels(of * cta_channels, (of + 1) * cta_channels) / p.channels : 0.0f;
+            shared.warp_weights[of] = channels(first + min(of * warp_channels, cta_channels),
+                                               first + min((of + 1) * warp_channels, cta_channels)) /
+                                      max(1.0f, channels(first, first + cta_channels));
+        }
+        ptx::sync_threads<kPreparing>(1);
+        ptx::cluster_wait();  // all barriers are there
+        if (role < kQuantizing / 128) {
+            ptx::take_registers<kQuantizeRegisters>();
+            quantize_halves<Element>(place);
+        } else if (low_rank) {
+            ptx::give_up_registers<kOtherRegisters>();
             sum_low_rank<Element, norm>(place);
-        else if (copies)
-            copying.finish();
+        }
     }
     ptx::cluster_arrive_relaxed();  // no CTA ends before the others have what it sent
     ptx::cluster_wait();

@@ -23,6 +23,9 @@ inline StreamPlan stream_plan_for(int ctas, const QuantizeArguments& a, bool nor
     const int64_t slice_bytes = plan.chunks * 2 * kChunkBytes;
     const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     plan.slots = static_cast<int>(std::min<int64_t>(kStreamSlots, (room - fixed) / slice_bytes));
+#ifdef TRYING
+    if (getenv("SLOTS")) plan.slots = std::min(plan.slots, atoi(getenv("SLOTS")));
+#endif
     if (plan.slots * plan.chunks * 2 < plan.cta_chunks) return {};  // less than a tile
     plan.shared_bytes = static_cast<size_t>(fixed + plan.slots * slice_bytes);
     return plan;
@@ -82,7 +85,7 @@ void launch_stream_kernel(const StreamPlan& plan, const StreamParameters& p, cud
     const sm90::Planes chunks{x.x, x.tokens, kGroupSize, x.channels / kGroupSize, kGroupSize * 2,
                               x.tokens > 1 ? x.row_bytes : x.channels * 2};
     const CUtensorMap map = sm90::make_tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, chunks, kGroupSize * 2,
-                                                  kStreamTokens, 2);
+                                                  kStreamTokens, p.box_chunks);
     launch_clusters(plan.ctas, kernel, dim3(static_cast<unsigned>(clusters * plan.ctas)), dim3(kThreads),
                     plan.shared_bytes, stream, "w4a8_quantize", map, p);
 }
@@ -118,6 +121,7 @@ inline bool run_stream(const QuantizeArguments& a, const ModulationArguments* mo
     if (!plan.slots || (!modulation && !stream_wins(plan, a))) return false;
     p.row_tokens = static_cast<int>(a.tokens / (modulation ? modulation->rows : 1));
     p.cta_chunks = plan.cta_chunks, p.slots = plan.slots;
+    p.box_chunks = plan.cta_chunks % (plan.chunks * 2) ? 2 : plan.chunks * 2;
     if (modulation) {
         if (!aligned(modulation->scale.data) || !aligned(modulation->shift.data)) return false;
         p.scale = static_cast<const char*>(modulation->scale.data);
