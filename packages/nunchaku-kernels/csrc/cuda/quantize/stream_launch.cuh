@@ -17,16 +17,17 @@ inline StreamPlan stream_plan_for(int ctas, const QuantizeArguments& a, bool nor
     plan.chunks = (plan.cta_chunks + kGroupWarps - 1) / kGroupWarps;
     // Behind a norm the largest kernel spills registers.
     if (plan.chunks > kLargestChunks - (norm && ctas < kStreamCtas ? 1 : 0)) return {};
-    const int64_t head = norm ? sizeof(StreamShared<2, true>) : sizeof(StreamShared<3, false>);  // at most
-    const int64_t fixed = head + kGroupWarps * plan.chunks * kGroupSize * 4 +
-                          (a.rank ? plan.cta_chunks * kFactorChunkBytes : 0);
-    const int64_t slice_bytes = plan.chunks * 2 * kChunkBytes;
-    const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    plan.slots = static_cast<int>(std::min<int64_t>(kStreamSlots, (room - fixed) / slice_bytes));
-#ifdef TRYING
-    if (getenv("SLOTS")) plan.slots = std::min(plan.slots, atoi(getenv("SLOTS")));
-#endif
-    if (plan.slots * plan.chunks * 2 < plan.cta_chunks) return {};  // less than a tile
+    const int64_t head = norm ? sizeof(StreamShared<true>) : sizeof(StreamShared<false>);
+    const int64_t fixed =
+        head + kGroupWarps * plan.chunks * kGroupSize * 4 + (a.rank ? plan.cta_chunks * kFactorChunkBytes : 0);
+    const int slice_chunks = plan.chunks * 2, slices = (plan.cta_chunks + slice_chunks - 1) / slice_chunks;
+    const int64_t slice_bytes = slice_chunks * kChunkBytes;
+    const int64_t fit = (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed) / slice_bytes;
+    // More copies in flight than memory needs only delay everything else that goes to memory, instructions too. With
+    // low-rank sums places are freed later, behind a norm still later.
+    const int useful = slices + (!a.rank ? 0 : norm ? slices : 2);
+    plan.slots = static_cast<int>(std::min<int64_t>({kStreamSlots, useful, fit}));
+    if (plan.slots < slices) return {};
     plan.shared_bytes = static_cast<size_t>(fixed + plan.slots * slice_bytes);
     return plan;
 }
@@ -36,9 +37,6 @@ inline StreamPlan stream_plan(const QuantizeArguments& a, bool norm) {
     const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
     const int64_t groups = a.padded_k / kGroupSize, tiles = (a.tokens + kStreamTokens - 1) / kStreamTokens;
     StreamPlan best{};
-#ifdef TRYING
-    if (getenv("CTAS")) return stream_plan_for(atoi(getenv("CTAS")), a, norm);
-#endif
     for (int ctas = 2; ctas <= kStreamCtas; ctas *= 2) {
         if (best.slots && (tiles * ctas > processors || groups < ctas * 6)) break;
         const StreamPlan plan = stream_plan_for(ctas, a, norm);
@@ -47,11 +45,12 @@ inline StreamPlan stream_plan(const QuantizeArguments& a, bool norm) {
     return best;
 }
 
-// Whether this is faster than the other kernels, by measurement: it takes a few tiles until all is in flight.
+// Whether this is faster than the other kernels, measured at 3072 channels and up to 64 or from 1024 (with low-rank
+// sums 3072) tokens on: it takes a few tiles until all is in flight.
 inline bool stream_wins(const StreamPlan& plan, const QuantizeArguments& a) {
     const int64_t teams = device_attribute(cudaDevAttrMultiProcessorCount) / plan.ctas;
     const int64_t tiles = (a.tokens + kStreamTokens - 1) / kStreamTokens;
-    return a.padded_k >= 3072 && (tiles * 2 <= teams || tiles >= teams * 8);
+    return a.padded_k >= 3072 && (tiles * 4 <= teams || tiles * 100 >= teams * (a.rank ? 290 : 95));
 }
 
 // How many clusters the device runs at once.
@@ -77,15 +76,19 @@ int active_clusters(const StreamPlan& plan, int threads, Kernel kernel) {
 
 template <class Element, int kChunks, bool low_rank, bool norm>
 void launch_stream_kernel(const StreamPlan& plan, const StreamParameters& p, cudaStream_t stream) {
-    constexpr int kThreads = stream_warps(kChunks, low_rank, norm) * 32;
+    constexpr int kThreads = stream_threads(low_rank);
     const auto kernel = quantize_stream<Element, kChunks, low_rank, norm>;
     const int64_t tiles = (p.common.tokens + kStreamTokens - 1) / kStreamTokens;
     const int64_t clusters = std::min<int64_t>(active_clusters(plan, kThreads, kernel), tiles);
     const Parameters& x = p.common;
-    const sm90::Planes chunks{x.x, x.tokens, kGroupSize, x.channels / kGroupSize, kGroupSize * 2,
+    const sm90::Planes chunks{x.x,
+                              x.tokens,
+                              kGroupSize,
+                              x.channels / kGroupSize,
+                              kGroupSize * 2,
                               x.tokens > 1 ? x.row_bytes : x.channels * 2};
-    const CUtensorMap map = sm90::make_tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, chunks, kGroupSize * 2,
-                                                  kStreamTokens, p.box_chunks);
+    const CUtensorMap map =
+        sm90::make_tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, chunks, kGroupSize * 2, kStreamTokens, p.box_chunks);
     launch_clusters(plan.ctas, kernel, dim3(static_cast<unsigned>(clusters * plan.ctas)), dim3(kThreads),
                     plan.shared_bytes, stream, "w4a8_quantize", map, p);
 }

@@ -36,8 +36,8 @@ inline CUtensorMap make_tensor_map(CUtensorMapDataType type, int element_bytes, 
                                    int box_rows, int box_planes = 1) {
     static const Encode encode = find_encode();
     CUtensorMap map{};
-    const cuuint64_t row_bytes = of.row_bytes ? static_cast<cuuint64_t>(of.row_bytes)
-                                              : static_cast<cuuint64_t>(of.columns) * element_bytes;
+    const cuuint64_t row_bytes =
+        of.row_bytes ? static_cast<cuuint64_t>(of.row_bytes) : static_cast<cuuint64_t>(of.columns) * element_bytes;
     const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(of.columns), static_cast<cuuint64_t>(of.rows),
                                  static_cast<cuuint64_t>(of.planes)};
     const cuuint64_t strides[2] = {row_bytes, of.plane_bytes ? static_cast<cuuint64_t>(of.plane_bytes)
