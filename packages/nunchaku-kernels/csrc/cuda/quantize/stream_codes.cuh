@@ -145,7 +145,7 @@ __device__ void quantize_halves(const StreamPlace<kChunks, low_rank, norm>& plac
     const uint32_t own_reciprocals = place.reciprocals + (warp * kChunks * 16 + piece) * 16;
     const uint32_t own_x = place.ring + warp % 2 * kChunks * kChunkBytes + row * kRowBytes + (piece ^ row) * 16;
     const auto x_at = [&](uint32_t place_of_x, int c, int i) {  // the swizzle of a row four below differs in one bit
-        return (i ? place_of_x + 4 * kRowBytes ^ 64 : place_of_x) + c * kChunkBytes;
+        return (i ? (place_of_x + 4 * kRowBytes) ^ 64 : place_of_x) + c * kChunkBytes;
     };
 
     StreamTiles tiles = place.tiles();

@@ -30,7 +30,7 @@ __device__ void load_factor(const Place& place) {
             // Published order has the two halves of a row's 16 channels together, then the row eight below.
             const uint32_t row =
                 place.factors + k / 4 * kFactorChunkBytes + (tile * 16 + lane / 4) * kRowBytes + lane % 4 * 4;
-            const uint32_t low = (k % 4 * 2 ^ lane / 4) * 16, high = low ^ 16;
+            const uint32_t low = ((k % 4 * 2) ^ (lane / 4)) * 16, high = low ^ 16;
             ptx::store_shared_4(row + low, words[i].x), ptx::store_shared_4(row + high, words[i].y);
             ptx::store_shared_4(row + 8 * kRowBytes + low, words[i].z);
             ptx::store_shared_4(row + 8 * kRowBytes + high, words[i].w);
