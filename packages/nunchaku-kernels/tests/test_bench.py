@@ -180,9 +180,19 @@ def test_cuda_rivals_do_the_same_work(monkeypatch: pytest.MonkeyPatch, compiles:
                 assert y.isfinite().all() and y.std() > 0
     codes, scales = linear_cuda.quantize_fp8(torch.tensor([[1.0, -448.0], [0.0, 0.0]]))
     assert torch.equal(codes.float() * scales, torch.tensor([[1.0, -448.0], [0.0, 0.0]]))
-    for calls in linear_cuda.quantize_rivals(5, 256, cpu).values():
+    rivals = linear_cuda.quantize_rivals(5, 256, cpu)
+    for calls in rivals.values():
         assert len({id(call) for call in calls}) == len(calls) == 2
         assert calls[0]() is not None
+    for fused, apart in zip(rivals["quantize/w4a8-norm"], rivals["quantize/torch-norm-w4a8"], strict=True):
+        (codes, scales, _), (other_codes, other_scales, _) = fused(), apart()
+        assert (codes.float() - other_codes.float()).abs().max() <= 3  # torch rounds to bf16 between its operations
+        torch.testing.assert_close(scales, other_scales, rtol=0.02, atol=0)
+    rivals = linear_cuda.heads_rivals(5, 256, cpu)
+    for fused, apart in zip(rivals[linear_cuda.HEADS], rivals[linear_cuda.HEADS_APART], strict=True):
+        heads = fused()
+        assert heads.shape == (3, 1, 2, 5, 128)
+        torch.testing.assert_close(heads, apart())
 
 
 def test_rows_of_a_cuda_layer_name_their_baselines() -> None:
@@ -217,6 +227,13 @@ def test_rows_of_quantisation_are_bandwidths() -> None:
     assert (ours.value, copy.value) == (pytest.approx(moved / 1e6), pytest.approx(moved / 2e6))
     assert ours.ratio == pytest.approx(2)
     assert rows["quantize/w4a8/K3072/m4608/burst"].value == pytest.approx(moved / 5e5)
+
+
+def test_rows_of_heads_compare_two_ways_to_them() -> None:
+    times = made_up_times([linear_cuda.HEADS, linear_cuda.HEADS_APART])
+    rows = {row.name: (row.value, row.baseline, row.ratio) for row in linear_cuda.heads_rows("K1-N3/m2", times)}
+    assert rows["heads/w4a8/K1-N3/m2/sustained"] == (1, "w4a8-then-torch", pytest.approx(2))
+    assert rows["heads/w4a8-then-torch/K1-N3/m2/burst"] == (1, None, None)
 
 
 def test_geometric_means_need_every_shape() -> None:
@@ -255,8 +272,8 @@ def test_linears_on_cuda_end_to_end() -> None:
     seen: list[str] = []
     weight_only = [linear_cuda.WeightOnly(1, 256, 512, 64)]
     rows = list(
-        linear_cuda.bench_linear_cuda([48], [(256, 384)], weight_only=weight_only, seconds=0.002, on_step=seen.append)
+        linear_cuda.bench_linear_cuda([48], [(256, 768)], weight_only=weight_only, seconds=0.002, on_step=seen.append)
     )
-    assert seen == ["quantize/K256/m48", "linear/K256-N384/m48", "linear/w4a16/K256-N512/m1"]
+    assert seen == ["quantize/K256/m48", "linear/K256-N768/m48", "heads/K256-N768/m48", "linear/w4a16/K256-N512/m1"]
     assert {row.name.split("/")[1] for row in rows} >= {"w4a8", "w4a16", "torch-bf16", "torch-fp8-rowwise"}
     assert all(row.value > 0 for row in rows if not row.name.startswith("rank32-share"))

@@ -49,12 +49,10 @@ __device__ __forceinline__ void send_16(uint32_t address, uint4 v, uint32_t barr
         : "memory");
 }
 
-// The same with a multiple of 16 bytes of this CTA's shared memory.
-__device__ __forceinline__ void bulk_send(uint32_t address, uint32_t source, uint32_t bytes, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
-        "r"(source), "r"(bytes), "r"(barrier)
-        : "memory");
+__device__ __forceinline__ void send_4(uint32_t address, uint32_t v, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(v),
+                 "r"(barrier)
+                 : "memory");
 }
 
 __device__ __forceinline__ void raise_in_cluster(uint32_t address, uint32_t value) {

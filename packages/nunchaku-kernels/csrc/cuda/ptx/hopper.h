@@ -73,6 +73,15 @@ __device__ __forceinline__ void tensor_load(uint32_t destination, const CUtensor
         : "memory");
 }
 
+__device__ __forceinline__ void tensor_load_3d(uint32_t destination, const CUtensorMap* map, int column, int row,
+                                               int plane, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+        "[%5];" ::"r"(destination),
+        "l"(map), "r"(column), "r"(row), "r"(plane), "r"(barrier)
+        : "memory");
+}
+
 // Writes a box of a plane; what lies outside of it is dropped.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t source, int column, int row, int plane) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map),

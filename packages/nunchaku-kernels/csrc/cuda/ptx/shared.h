@@ -50,6 +50,10 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ float2 load_shared_floats(uint32_t address) {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));

@@ -27,6 +27,28 @@ __device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared_address) {
     return kSwizzle | kEightRows | kUnused | (shared_address >> 4 & 0x3fff);
 }
 
+// D[64 x 32] = A B, and D on top if `onto`; 16-bit floats into fp32, A [64 x 16] from shared memory too, described like
+// B.
+template <bool is_bf16>
+__device__ __forceinline__ void wgmma_64x32(float (&d)[16], uint64_t a, uint64_t b, bool onto) {
+#define NK_WGMMA_64X32(type)                                                                                          \
+    asm volatile(                                                                                                     \
+        "{\n"                                                                                                         \
+        ".reg .pred onto;\n"                                                                                          \
+        "setp.ne.b32 onto, %18, 0;\n"                                                                                 \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type                                                            \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, onto, 1, 1, 0, 0;\n"      \
+        "}"                                                                                                           \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])                    \
+        : "l"(a), "l"(b), "r"(static_cast<uint32_t>(onto)))
+    if constexpr (is_bf16)
+        NK_WGMMA_64X32("bf16.bf16");
+    else
+        NK_WGMMA_64X32("f16.f16");
+#undef NK_WGMMA_64X32
+}
+
 // N columns: `s8` multiplies K = 32 int8, `half` K = 16 of a 16-bit float. With `onto_zero` D = A B, whatever D was.
 template <int columns>
 struct Wgmma;

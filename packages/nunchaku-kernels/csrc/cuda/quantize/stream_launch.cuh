@@ -1,64 +1,62 @@
 // When quantize_stream runs, and with which clusters.
 #pragma once
 
+#include "../sm90/tensor_map.h"
 #include "stream.cuh"
 
 namespace nk::cuda::quantize {
 
 struct StreamPlan {
-    int ctas, warps, blocks, cta_blocks, per_processor, stages;  // stages 0: does not fit
+    int ctas, cta_chunks, chunks, slots;  // of a cluster, of a CTA, of a warp; slots 0: does not fit
     size_t shared_bytes;
 };
 
 inline StreamPlan stream_plan_for(int ctas, const QuantizeArguments& a, bool norm) {
-    const int64_t blocks = a.padded_k / kBlockChannels;
-    StreamPlan plan{ctas, 0, 0, static_cast<int>((blocks + ctas - 1) / ctas), 0, 0, 0};
-    constexpr int kSizes[][2] = {{6, 2}, {6, 4}, {12, 4}, {12, 5}};  // warps, blocks of each
-    for (const auto& size : kSizes)
-        if (!plan.warps && size[0] * size[1] >= plan.cta_blocks) plan.warps = size[0], plan.blocks = size[1];
-    if (!plan.warps) return {};
-    const int64_t warp_blocks = plan.blocks * plan.warps;
-    const int64_t fixed = kStreamHeadBytes + (a.rank ? warp_blocks * kFactorBytes : 0);
-    const int64_t stage_bytes = kStreamTokens * stream_row_bytes(plan.warps, plan.blocks);
-    const int held = norm ? 2 : 1;  // tiles that are not finished when the next has to be there
-    for (plan.per_processor = stream_ctas_per_processor(plan.warps, plan.blocks, a.rank, norm); plan.per_processor;
-         --plan.per_processor) {
-        const int64_t room =
-            plan.per_processor > 1
-                ? device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / plan.per_processor - 1024
-                : device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-        plan.stages = static_cast<int>(std::min<int64_t>(kStreamStages, (room - fixed) / stage_bytes));
-        if (plan.stages <= held) continue;
-        plan.shared_bytes = static_cast<size_t>(fixed + plan.stages * stage_bytes);
-        return plan;
-    }
-    return {};
+    const int64_t groups = a.padded_k / kGroupSize, cta_chunks = (groups + ctas - 1) / ctas;
+    StreamPlan plan{ctas, static_cast<int>(cta_chunks + cta_chunks % 2), 0, 0, 0};
+    plan.chunks = (plan.cta_chunks + kGroupWarps - 1) / kGroupWarps;
+    // Behind a norm the largest kernel spills registers.
+    if (plan.chunks > kLargestChunks - (norm && ctas < kStreamCtas ? 1 : 0)) return {};
+    const int64_t head = norm ? sizeof(StreamShared<true>) : sizeof(StreamShared<false>);
+    const int64_t fixed =
+        head + kGroupWarps * plan.chunks * kGroupSize * 4 + (a.rank ? plan.cta_chunks * kFactorChunkBytes : 0);
+    const int slice_chunks = plan.chunks * 2, slices = (plan.cta_chunks + slice_chunks - 1) / slice_chunks;
+    const int64_t slice_bytes = slice_chunks * kChunkBytes;
+    const int64_t fit = (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed) / slice_bytes;
+    // More copies in flight than memory needs only delay everything else that goes to memory, instructions too. With
+    // low-rank sums places are freed later, behind a norm still later.
+    const int useful = slices + (!a.rank ? 0 : norm ? slices : 2);
+    plan.slots = static_cast<int>(std::min<int64_t>({kStreamSlots, useful, fit}));
+    if (plan.slots < slices) return {};
+    plan.shared_bytes = static_cast<size_t>(fixed + plan.slots * slice_bytes);
+    return plan;
 }
 
 // As few CTAs per cluster as hold the channels, more where there are too few tiles.
-inline StreamPlan stream_plan(const QuantizeArguments& a, int64_t tiles, bool norm) {
+inline StreamPlan stream_plan(const QuantizeArguments& a, bool norm) {
     const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
-    const int64_t blocks = a.padded_k / kBlockChannels;
+    const int64_t groups = a.padded_k / kGroupSize, tiles = (a.tokens + kStreamTokens - 1) / kStreamTokens;
     StreamPlan best{};
     for (int ctas = 2; ctas <= kStreamCtas; ctas *= 2) {
-        if (best.stages && (tiles * ctas > processors || blocks < ctas * 12)) break;
+        if (best.slots && (tiles * ctas > processors || groups < ctas * 6)) break;
         const StreamPlan plan = stream_plan_for(ctas, a, norm);
-        if (plan.stages) best = plan;
+        if (plan.slots) best = plan;
     }
     return best;
 }
 
-// Whether this is faster than the other kernels, by measurement: it takes a few tiles until all is in flight.
-inline bool stream_wins(const StreamPlan& plan, const QuantizeArguments& a, int64_t tiles) {
+// Whether this is faster than the other kernels, measured at 3072 channels and up to 64 or from 1024 (with low-rank
+// sums 3072) tokens on: it takes a few tiles until all is in flight.
+inline bool stream_wins(const StreamPlan& plan, const QuantizeArguments& a) {
     const int64_t teams = device_attribute(cudaDevAttrMultiProcessorCount) / plan.ctas;
-    return a.padded_k >= 3072 && (tiles * 2 <= teams || tiles >= teams * 8);
+    const int64_t tiles = (a.tokens + kStreamTokens - 1) / kStreamTokens;
+    return a.padded_k >= 3072 && (tiles * 4 <= teams || tiles * 100 >= teams * (a.rank ? 290 : 95));
 }
 
 // How many clusters the device runs at once.
 template <class Kernel>
-int active_clusters(const StreamPlan& plan, Kernel kernel) {
-    const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
-    if (plan.ctas <= 2) return std::max(1, processors / plan.ctas * plan.per_processor);
+int active_clusters(const StreamPlan& plan, int threads, Kernel kernel) {
+    if (plan.ctas <= 2) return std::max(1, device_attribute(cudaDevAttrMultiProcessorCount) / plan.ctas);
     // Larger ones leave multiprocessors of some devices without a cluster.
     allow_shared_bytes(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "w4a8_quantize");
     cudaLaunchAttribute attribute{};
@@ -67,7 +65,7 @@ int active_clusters(const StreamPlan& plan, Kernel kernel) {
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(plan.ctas));
-    config.blockDim = dim3(static_cast<unsigned>(plan.warps * 32));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = plan.shared_bytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
@@ -76,21 +74,37 @@ int active_clusters(const StreamPlan& plan, Kernel kernel) {
     return std::max(1, clusters);
 }
 
-template <class Element, int kWarps, int kBlocks, bool low_rank, bool norm>
+template <class Element, int kChunks, bool low_rank, bool norm>
 void launch_stream_kernel(const StreamPlan& plan, const StreamParameters& p, cudaStream_t stream) {
-    const auto kernel = quantize_stream<Element, kWarps, kBlocks, low_rank, norm>;
-    const int clusters = std::min(active_clusters(plan, kernel), p.tiles);
-    launch_clusters(plan.ctas, kernel, dim3(static_cast<unsigned>(clusters * plan.ctas)), dim3(kWarps * 32),
-                    plan.shared_bytes, stream, "w4a8_quantize", p);
+    constexpr int kThreads = stream_threads(low_rank);
+    const auto kernel = quantize_stream<Element, kChunks, low_rank, norm>;
+    const int64_t tiles = (p.common.tokens + kStreamTokens - 1) / kStreamTokens;
+    const int64_t clusters = std::min<int64_t>(active_clusters(plan, kThreads, kernel), tiles);
+    const Parameters& x = p.common;
+    const sm90::Planes chunks{x.x,
+                              x.tokens,
+                              kGroupSize,
+                              x.channels / kGroupSize,
+                              kGroupSize * 2,
+                              x.tokens > 1 ? x.row_bytes : x.channels * 2};
+    const CUtensorMap map =
+        sm90::make_tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, chunks, kGroupSize * 2, kStreamTokens, p.box_chunks);
+    launch_clusters(plan.ctas, kernel, dim3(static_cast<unsigned>(clusters * plan.ctas)), dim3(kThreads),
+                    plan.shared_bytes, stream, "w4a8_quantize", map, p);
 }
 
 template <class Element, bool low_rank, bool norm>
 void launch_stream_size(const StreamPlan& plan, const StreamParameters& p, cudaStream_t stream) {
-    if (plan.warps == 6)
-        return plan.blocks == 2 ? launch_stream_kernel<Element, 6, 2, low_rank, norm>(plan, p, stream)
-                                : launch_stream_kernel<Element, 6, 4, low_rank, norm>(plan, p, stream);
-    plan.blocks == 4 ? launch_stream_kernel<Element, 12, 4, low_rank, norm>(plan, p, stream)
-                     : launch_stream_kernel<Element, 12, 5, low_rank, norm>(plan, p, stream);
+    switch (plan.chunks) {
+        case 1:
+            return launch_stream_kernel<Element, 1, low_rank, norm>(plan, p, stream);
+        case 2:
+            return launch_stream_kernel<Element, 2, low_rank, norm>(plan, p, stream);
+        case 3:
+            return launch_stream_kernel<Element, 3, low_rank, norm>(plan, p, stream);
+        default:
+            return launch_stream_kernel<Element, kLargestChunks, low_rank, norm>(plan, p, stream);
+    }
 }
 
 template <class Element, bool norm>
@@ -104,15 +118,13 @@ inline bool run_stream(const QuantizeArguments& a, const ModulationArguments* mo
     StreamParameters p{};
     p.common = parameters(a);
     const DType dtype = static_cast<DType>(a.x.dtype);
-    if (dtype == DType::f32 || !p.common.x_aligned || a.rank > kRankTiles * 16) return false;
-    p.row_tokens = a.tokens / (modulation ? modulation->rows : 1);
-    const int64_t tiles_per_row = (p.row_tokens + kStreamTokens - 1) / kStreamTokens;
-    const int64_t tiles = tiles_per_row * (a.tokens / p.row_tokens);
-    if (tiles > INT32_MAX) return false;
-    const StreamPlan plan = stream_plan(a, tiles, modulation != nullptr);
-    if (!plan.stages || (!modulation && !stream_wins(plan, a, tiles))) return false;
-    p.cta_blocks = plan.cta_blocks, p.stages = plan.stages;
-    p.tiles = static_cast<int>(tiles), p.tiles_per_row = static_cast<int>(tiles_per_row);
+    if (dtype == DType::f32 || !p.common.x_aligned || a.rank > kStreamRanks) return false;
+    if (a.channels % kGroupSize || a.tokens > INT32_MAX || (a.tokens > 1 && a.stride < a.channels)) return false;
+    const StreamPlan plan = stream_plan(a, modulation != nullptr);
+    if (!plan.slots || (!modulation && !stream_wins(plan, a))) return false;
+    p.row_tokens = static_cast<int>(a.tokens / (modulation ? modulation->rows : 1));
+    p.cta_chunks = plan.cta_chunks, p.slots = plan.slots;
+    p.box_chunks = plan.cta_chunks % (plan.chunks * 2) ? 2 : plan.chunks * 2;
     if (modulation) {
         if (!aligned(modulation->scale.data) || !aligned(modulation->shift.data)) return false;
         p.scale = static_cast<const char*>(modulation->scale.data);

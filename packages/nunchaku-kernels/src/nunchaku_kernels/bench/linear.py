@@ -13,6 +13,7 @@ from nunchaku_kernels.bench.report import Row
 from nunchaku_kernels.bench.timing import interleaved_medians
 from nunchaku_kernels.formats import padded_groups
 from nunchaku_kernels.ops._native import ISA_VARIABLE, extension
+from nunchaku_kernels.reference.heads import HEAD_DIM
 
 RANK = 32
 ROTATED_BYTES = 256 * 2**20
@@ -40,6 +41,26 @@ class W4A8Layer:
         """The first half."""
         result: tuple[torch.Tensor, ...] = torch.ops.nunchaku_kernels.w4a8_quantize(x, self.smooth, 0.0, self.down)
         return result
+
+    def quantize_norm(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The same behind a layer norm, with its modulation by scale and shift (1, K)."""
+        result: tuple[torch.Tensor, ...] = torch.ops.nunchaku_kernels.w4a8_quantize_norm(
+            x, scale, shift, 1e-6, self.smooth, self.down
+        )
+        return result
+
+    def heads(
+        self, quantized: tuple[torch.Tensor, ...], norm_q: torch.Tensor, norm_k: torch.Tensor, rotary: torch.Tensor
+    ) -> torch.Tensor:
+        """`product` of a fused q, k and v, as (3, 1, H, T, 128) heads; see `reference.heads.split_heads`."""
+        tokens = quantized[0].shape[0]
+        out = torch.empty(
+            3, 1, self.out_features // 3 // HEAD_DIM, tokens, HEAD_DIM, dtype=self.dtype, device=self.qweight.device
+        )
+        torch.ops.nunchaku_kernels.w4a8_linear_heads(
+            *quantized, self.qweight, *self.folded, None, None, None, None, norm_q, norm_k, 1e-6, rotary, out, 0
+        )
+        return out
 
     def product(self, quantized: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The second half of a layer without a branch, and without its bias."""

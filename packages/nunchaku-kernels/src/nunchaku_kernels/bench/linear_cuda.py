@@ -10,12 +10,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 from nunchaku_kernels.bench.linear import RANK, W4A8Layer, W4A16Layer, forced
 from nunchaku_kernels.bench.report import Row
 from nunchaku_kernels.bench.timing_cuda import MODES, Call, CudaTimer, interleaved_modes
 from nunchaku_kernels.ops import _native
+from nunchaku_kernels.reference.heads import HEAD_DIM, split_heads
 
 TOKENS = (4608,)
 """FLUX at 1024 x 1024: 4096 tokens of the image and 512 of the text."""
@@ -49,6 +50,10 @@ BF16, FP8, FP8_DYNAMIC = "linear/torch-bf16", "product/torch-fp8-rowwise", "line
 """F.linear with bias; the fp8 product of operands that are quantised already; that and the quantisation of x, each
 without a bias, which `_scaled_mm` does not take on every GPU: in their favour."""
 
+HEADS, HEADS_APART = "heads/w4a8", "heads/w4a8-then-torch"
+"""q, k and v of attention heads, normalised, rotated and heads first: from the product's own tail, and by torch
+operations on what the product stored."""
+
 Rivals = dict[str, list[Call]]
 
 
@@ -64,8 +69,10 @@ def bench_linear_cuda(
 ) -> Iterator[Row]:
     """Time W4A8 and W4A16 on a GPU; every row's name ends in how it was timed, see `CudaTimer`.
 
-    `linear/` rows are whole layers (quantise, product, branch of rank 32, bias), `product/` rows the product alone;
-    `rank32-share` is what the branch takes of a layer. Geometric means are over FLUX's shapes.
+    `linear/` rows are whole layers (quantise, product, branch of rank 32, bias), `product/` rows the product alone,
+    `heads/` rows the product of a layer whose outputs are q, k and v of heads of 128 channels, up to those heads;
+    `quantize/` rows, `-norm` behind a layer norm and a modulation, say what they move in a second. `rank32-share` is
+    what the branch takes of a layer. Geometric means are over FLUX's shapes.
 
     Args:
         tokens: values of M.
@@ -100,6 +107,9 @@ def bench_linear_cuda(
             rows = list(linear_rows(f"K{width}-N{out_features}/m{m}", timer(rivals), note))
             measured += rows
             yield from rows
+        for width in (width for width, out_features in layers if out_features == 3 * width):
+            on_step(f"heads/K{width}-N{3 * width}/m{m}")
+            yield from heads_rows(f"K{width}-N{3 * width}/m{m}", timer(heads_rivals(m, width, place)))
         if set(layers) >= set(SHAPES):
             yield from geometric_means(measured, m)
     for layer in weight_only:
@@ -193,14 +203,49 @@ def w4a8_rivals(m: int, width: int, out_features: int, device: torch.device, isa
 
 
 def quantize_rivals(m: int, width: int, device: torch.device) -> Rivals:
-    """Quantisation with a branch of rank 32, and a copy that moves as many bytes."""
-    rivals: Rivals = {"quantize/w4a8": [], "copy": []}
+    """Quantisation with a branch of rank 32, alone and behind a norm and a modulation, in one kernel or by torch first;
+    and a copy that moves as many bytes."""
+    rivals: Rivals = {name: [] for name in ("quantize/w4a8", "quantize/w4a8-norm", "quantize/torch-norm-w4a8", "copy")}
     for _ in _copies(2 * m * width):
         x = activations(m, width, device)
-        rivals["quantize/w4a8"].append(partial(W4A8Layer(width, 128, x.dtype, device).quantize, x))
+        layer = W4A8Layer(width, 128, x.dtype, device)
+        scale, shift = (torch.randn(1, width, device=device).mul(0.3).to(x.dtype) for _ in range(2))
+        rivals["quantize/w4a8"].append(partial(layer.quantize, x))
+        rivals["quantize/w4a8-norm"].append(partial(layer.quantize_norm, x, scale, shift))
+        rivals["quantize/torch-norm-w4a8"].append(partial(_normalise_and_quantize, layer, x, scale, shift))
         source = torch.randn(quantize_bytes(m, width) // 8, device=device)
         rivals["copy"].append(partial(torch.empty_like(source).copy_, source))
     return rivals
+
+
+def _normalise_and_quantize(
+    layer: W4A8Layer, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return layer.quantize(layer_norm(x, x.shape[1:], eps=1e-6) * (1 + scale) + shift)
+
+
+def heads_rivals(m: int, width: int, device: torch.device) -> Rivals:
+    """Heads of one sample of m tokens, from a fused q, k and v without a branch."""
+    rivals: Rivals = {HEADS: [], HEADS_APART: []}
+    for _ in _copies(width * (m + 3 * width // 2)):
+        layer = W4A8Layer(width, 3 * width, torch.bfloat16, device, rank=0)
+        quantized = layer.quantize(activations(m, width, device))
+        norms = [torch.rand(HEAD_DIM, device=device).bfloat16() for _ in range(2)]
+        angles = torch.rand(m, HEAD_DIM // 2, device=device)
+        rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        rivals[HEADS].append(partial(layer.heads, quantized, *norms, rotary))
+        rivals[HEADS_APART].append(partial(_product_then_heads, layer, quantized, *norms, rotary))
+    return rivals
+
+
+def _product_then_heads(
+    layer: W4A8Layer,
+    quantized: tuple[torch.Tensor, ...],
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    rotary: torch.Tensor,
+) -> torch.Tensor:
+    return split_heads(layer.product(quantized), 1, norm_q=norm_q, norm_k=norm_k, eps=1e-6, rotary=rotary)
 
 
 def quantize_bytes(m: int, width: int) -> int:
@@ -248,9 +293,19 @@ def linear_rows(layer: str, times: Mapping[str, Mapping[str, float]], note: str)
 def quantize_rows(m: int, width: int, times: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
     """Rows of one quantisation, in GB/s, against a copy of as many bytes."""
     for mode in MODES:
-        ours, copy = (quantize_bytes(m, width) / times[name][mode] / 1e9 for name in ("quantize/w4a8", "copy"))
-        yield Row(f"copy/K{width}/m{m}/{mode}", copy, "GB/s")
-        yield Row(f"quantize/w4a8/K{width}/m{m}/{mode}", ours, "GB/s", "copy", ours / copy)
+        rates = {name: quantize_bytes(m, width) / measured[mode] / 1e9 for name, measured in times.items()}
+        yield Row(f"copy/K{width}/m{m}/{mode}", rates["copy"], "GB/s")
+        for name, rate in rates.items():
+            if name != "copy":
+                yield Row(f"{name}/K{width}/m{m}/{mode}", rate, "GB/s", "copy", rate / rates["copy"])
+
+
+def heads_rows(layer: str, times: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
+    """Rows of one fused q, k and v, in milliseconds, against torch operations behind the same product."""
+    for mode in MODES:
+        ours, apart = (times[name][mode] for name in (HEADS, HEADS_APART))
+        yield Row(f"{HEADS_APART}/{layer}/{mode}", 1e3 * apart, "ms")
+        yield Row(f"{HEADS}/{layer}/{mode}", 1e3 * ours, "ms", HEADS_APART.split("/")[1], apart / ours)
 
 
 def geometric_means(rows: Sequence[Row], m: int) -> Iterator[Row]:
