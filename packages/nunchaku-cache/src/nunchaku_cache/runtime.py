@@ -1,0 +1,188 @@
+"""A cache on one transformer: what calls go through, and the state of the calls in progress."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nunchaku_cache.adapters import AdapterWatch
+from nunchaku_cache.calls import Call, Calls, tensors_of
+from nunchaku_cache.families import Family
+from nunchaku_cache.forward_pass import Branch, ForwardPass, Settings
+from nunchaku_cache.hooks import CallHook, ContextTap
+from nunchaku_cache.measure import HostCopy
+from nunchaku_cache.plan import Place, make_plan
+from nunchaku_cache.policy import DoubleFirstBlockCache, TeaCache
+from nunchaku_cache.signature import ForwardSignature, simple_values
+
+if TYPE_CHECKING:
+    from nunchaku_cache.handle import CacheHandle
+
+
+class _ThreadState(threading.local):
+    """Of one thread: its calls in progress, the pass that runs, and the name given to `cache_context`."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.calls: Calls[Branch] = Calls()
+        self.current: ForwardPass | None = None
+        self.context: tuple[str, dict[str, Any]] = ("", {})
+
+
+class TransformerCache:
+    """The cache of one transformer."""
+
+    def __init__(self, transformer: nn.Module, family: Family, handle: "CacheHandle") -> None:
+        """
+        Raises:
+            ValueError: the declaration does not fit the transformer, or the policy does not suit it.
+        """
+        self.handle = handle
+        policy = handle.policy
+        tea = isinstance(policy, TeaCache)
+        if isinstance(policy, TeaCache):
+            _check_tea(policy, family)
+        self._transformer = transformer
+        self._plan = make_plan(
+            transformer, family, double=isinstance(policy, DoubleFirstBlockCache), first_block_runs=not tea
+        )
+        self._signature = ForwardSignature(transformer, family)
+        self._adapters = AdapterWatch(transformer)
+        self._generation = 0
+        self._thread = _ThreadState()
+        self._hook = CallHook(transformer, self._forward, self)
+        self._block_hooks = [CallHook(place.block, self._block_forward(place), self) for place in self._plan.places]
+        self._context_tap = ContextTap(self._context, transformer)
+
+    def install(self) -> None:
+        """Put the hooks in."""
+        self._hook.install()
+        for hook in self._block_hooks:
+            hook.install()
+        self._context_tap.install()
+
+    def remove(self) -> None:
+        """Take the hooks out."""
+        self._context_tap.remove()
+        for hook in (self._hook, *self._block_hooks):
+            hook.remove()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the calls in progress of all threads, each when it comes by next."""
+        self._generation += 1
+        self._thread.calls.clear()
+
+    def _block_forward(self, place: Place) -> Callable[..., Any]:
+        def call(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            current = self._thread.current
+            return inner(*args, **kwargs) if current is None else current.run(place, inner, args, kwargs)
+
+        return call
+
+    def _forward(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        thread = self._thread
+        if not self.handle.enabled or thread.current is not None:
+            return inner(*args, **kwargs)
+        if thread.generation != self._generation:
+            thread.generation = self._generation
+            thread.calls.clear()
+        for hook in self._block_hooks:
+            hook.reinstall()
+        arguments = self._signature.bind(args, kwargs)
+        call = thread.calls.find(self._key(arguments), self._witnesses(arguments))
+        current = thread.current = self._pass(call, arguments)
+        try:
+            result = inner(*args, **kwargs)
+            self._check_complete(call, current)
+        except BaseException:
+            thread.calls.forget(call)
+            raise
+        finally:
+            thread.current = None
+        return result
+
+    def _pass(self, call: Call[Branch], arguments: dict[str, Any]) -> ForwardPass:
+        name, details = self._thread.context
+        rising = self._plan.family.rising
+
+        def branch_at(positions: tuple[float, ...]) -> tuple[Branch | None, Callable[[Branch], None]]:
+            number = call.branch_at(positions, rising)
+
+            def keep(branch: Branch) -> None:
+                branch.name = f"{name}#{number + 1}" if number else name
+                call.branches[number] = branch
+
+            return call.branches.get(number), keep
+
+        policy = self.handle.policy
+        coefficients = None
+        if isinstance(policy, TeaCache):
+            coefficients = policy.coefficients or self._plan.family.tea_coefficients
+        settings = Settings(
+            policy.rules(),
+            policy.order,
+            None if coefficients is None else tuple(coefficients),
+            details.get("num_inference_steps") or self.handle.num_steps,
+        )
+        written = frozenset(
+            blocks.name
+            for blocks in self._plan.family.lists
+            if blocks.written is not None and arguments.get(blocks.written) is not None
+        )
+        timestep = HostCopy(arguments.get(self._plan.family.timestep))
+        return ForwardPass(self._plan, settings, timestep, branch_at, written, self.handle.stats.add)
+
+    def _key(self, arguments: dict[str, Any]) -> Hashable:
+        family = self._plan.family
+        shapes = tuple((t.shape, t.dtype, t.device) for t in tensors_of(arguments.get(family.sample)))
+        others = {name: value for name, value in arguments.items() if name != family.timestep}
+        return self._thread.context[0], shapes, simple_values(others), self._adapters.fingerprint()
+
+    def _witnesses(self, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        return [tensor for name in self._plan.family.call for tensor in tensors_of(arguments.get(name))]
+
+    def _check_complete(self, call: Call[Branch], current: ForwardPass) -> None:
+        if not current.blocks_seen:
+            raise RuntimeError(
+                f"{type(self._transformer).__name__}: no block was called, so nothing can be skipped. Was the model "
+                "compiled as a whole? Compile its blocks instead: transformer.compile_repeated_blocks()"
+            )
+        if current.unfinished():
+            if current.skipped():
+                raise RuntimeError(
+                    f"{type(self._transformer).__name__}: the model did not call the last block of a list whose blocks "
+                    "were skipped, so their residual is missing; remove the cache for such calls"
+                )
+            # it left blocks out: what was computed says nothing about other steps
+            self._thread.calls.forget(call)
+
+    @contextlib.contextmanager
+    def _context(self, name: str, **details: Any) -> Iterator[None]:
+        earlier, self._thread.context = self._thread.context, (name, details)
+        try:
+            yield
+        finally:
+            self._thread.context = earlier
+
+
+def cache_of(transformer: nn.Module) -> TransformerCache | None:
+    """The cache that a transformer has."""
+    hook = transformer.__dict__.get("_compiled_call_impl")
+    return hook.owner if isinstance(hook, CallHook) else None
+
+
+def _check_tea(policy: TeaCache, family: Family) -> None:
+    if family.modulated is None:
+        raise ValueError(
+            f"TeaCache: how to get the modulated input of the first block of {family.transformer} is not declared "
+            "(`Family.modulated`); use FirstBlockCache, which needs no fit"
+        )
+    if policy.coefficients is None and family.tea_coefficients is None:
+        raise ValueError(
+            f"TeaCache: no coefficients were published for {family.transformer}; pass `coefficients`, or use "
+            "FirstBlockCache, which needs no fit"
+        )
