@@ -9,6 +9,7 @@ have their own.
 import contextlib
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from itertools import count
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -49,8 +50,18 @@ class Call(Generic[State]):
     twice, it is over when they are gone.
     """
 
-    def __init__(self, key: Hashable, witnesses: Sequence[torch.Tensor], on_end: Callable[["Call[State]"], None]):
+    def __init__(
+        self, key: Hashable, witnesses: Sequence[torch.Tensor], number: int, on_end: Callable[["Call[State]"], None]
+    ) -> None:
+        """
+        Args:
+            key: what else tells calls apart.
+            witnesses: tensors that stay the same over the call.
+            number: to tell it from others of the same key that are in progress.
+            on_end: called when the witnesses are gone.
+        """
         self.key = key
+        self.number = number
         self._on_end = on_end
         self._keeps_objects = False
         self._watch(witnesses)
@@ -108,7 +119,9 @@ class Calls(Generic[State]):
                 self.forget(call)
                 break
         else:
-            call = Call(key, witnesses, self.forget)
+            taken = {call.number for call in self._calls if call.key == key}
+            number = next(number for number in count() if number not in taken)
+            call = Call(key, witnesses, number, self.forget)
             del self._calls[: max(0, len(self._calls) + 1 - MAX_CALLS)]
         self._calls.append(call)
         return call

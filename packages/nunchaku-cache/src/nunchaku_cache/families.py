@@ -93,6 +93,9 @@ _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 _ROTARY = ("image_rotary_emb",)
 _FLUX_IDS = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids")
 
+FLUX_TEA_COEFFICIENTS = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
+"""Of FLUX.1-dev (spec/surface.md 4.5), highest power first."""
+
 FAMILIES = (
     Family(
         "FluxTransformer2DModel",
@@ -102,7 +105,7 @@ FAMILIES = (
         ),
         call=_FLUX_IDS,
         modulated=_norm1,
-        tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
+        tea_coefficients=FLUX_TEA_COEFFICIENTS,
     ),
     Family(
         "Flux2Transformer2DModel",

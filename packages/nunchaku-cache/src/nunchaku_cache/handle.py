@@ -11,6 +11,7 @@ from torch import nn
 from nunchaku_cache.families import Family, family_of
 from nunchaku_cache.policy import DoubleFirstBlockCache, FirstBlockCache, Policy, TeaCache
 from nunchaku_cache.runtime import TransformerCache, cache_of
+from nunchaku_cache.schedule import Trace
 from nunchaku_cache.stats import Stats
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -64,6 +65,7 @@ class CacheHandle:
 
     Attributes:
         stats: hits, misses and distances.
+        trace: what `record` is filling just now.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class CacheHandle:
         self._policy = policy
         self._lock = threading.Lock()
         self._disabled = 0
+        self.trace: Trace | None = None
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._caches = [TransformerCache(t, f, self) for t, f in zip(transformers, families, strict=True)]
         for transformer in transformers:
@@ -130,6 +133,29 @@ class CacheHandle:
         finally:
             with self._lock:
                 self._disabled -= 1
+
+    @contextlib.contextmanager
+    def record(self, max_gap: int = 8) -> Iterator[Trace]:
+        """Compute every step meanwhile, and record what reusing residuals would have cost, for `find_schedule`.
+
+        Args:
+            max_gap: how many steps back to compare; so many residuals are held.
+
+        Raises:
+            ValueError: `max_gap` below 1.
+            RuntimeError: a recording is under way.
+        """
+        if max_gap < 1:
+            raise ValueError(f"max_gap: expected at least 1, got {max_gap}")
+        if self.trace is not None:
+            raise RuntimeError("record: a recording is under way")
+        self.reset()
+        self.trace = Trace(self._caches[0].model, max_gap)
+        try:
+            yield self.trace
+        finally:
+            self.trace = None
+            self.reset()
 
     def reset(self) -> None:
         """Forget all residuals, of all threads: the next step is computed."""

@@ -57,6 +57,11 @@ class TransformerCache:
         self._block_hooks = [CallHook(place.block, self._block_forward(place), self) for place in self._plan.places]
         self._context_tap = ContextTap(self._context, transformer)
 
+    @property
+    def model(self) -> str:
+        """Class name of the transformer."""
+        return type(self._transformer).__name__
+
     def install(self) -> None:
         """Put the hooks in."""
         self._hook.install()
@@ -113,7 +118,8 @@ class TransformerCache:
             number = call.branch_at(positions, rising)
 
             def keep(branch: Branch) -> None:
-                branch.name = f"{name}#{number + 1}" if number else name
+                label = call.number + number
+                branch.name = f"{name}#{label + 1}" if label else name
                 call.branches[number] = branch
 
             return call.branches.get(number), keep
@@ -127,6 +133,7 @@ class TransformerCache:
             policy.order,
             None if coefficients is None else tuple(coefficients),
             details.get("num_inference_steps") or self.handle.num_steps,
+            self.handle.trace,
         )
         written = frozenset(
             blocks.name
@@ -148,13 +155,13 @@ class TransformerCache:
     def _check_complete(self, call: Call[Branch], current: ForwardPass) -> None:
         if not current.blocks_seen:
             raise RuntimeError(
-                f"{type(self._transformer).__name__}: no block was called, so nothing can be skipped. Was the model "
+                f"{self.model}: no block was called, so nothing can be skipped. Was the model "
                 "compiled as a whole? Compile its blocks instead: transformer.compile_repeated_blocks()"
             )
         if current.unfinished():
             if current.skipped():
                 raise RuntimeError(
-                    f"{type(self._transformer).__name__}: the model did not call the last block of a list whose blocks "
+                    f"{self.model}: the model did not call the last block of a list whose blocks "
                     "were skipped, so their residual is missing; remove the cache for such calls"
                 )
             # it left blocks out: what was computed says nothing about other steps

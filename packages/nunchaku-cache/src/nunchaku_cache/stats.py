@@ -13,7 +13,7 @@ class StepRecord:
 
     Attributes:
         segment: "all", "joint" or "single".
-        branch: name given to `cache_context`, "" without; passes of the same timestep and call have a number behind.
+        branch: name given to `cache_context`, "" without; a second one at the same timesteps has "#2" behind it.
         step: index within the call and branch.
         timestep: per sample, as the transformer got it.
         distance: per sample, None where there was nothing to compare with.
