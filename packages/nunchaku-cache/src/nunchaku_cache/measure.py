@@ -21,9 +21,19 @@ def distances(
         tokens: how many tokens of each sample count, int64 (batch); None: all.
     """
     found: list[float] = torch.ops.nunchaku_kernels.relative_l1(
-        list(current), list(previous), None if origin is None else list(origin), tokens
+        _as_tokens(current), _as_tokens(previous), None if origin is None else _as_tokens(origin), tokens
     ).tolist()
     return found
+
+
+def _as_tokens(streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Streams (batch, tokens, channels) of a dtype that the operator has; videos may come as (batch, ..., channels)."""
+    return [
+        (stream if stream.dim() == 3 else stream.reshape(stream.shape[0], -1, stream.shape[-1])).to(
+            torch.float32 if stream.dtype == torch.float64 else stream.dtype
+        )
+        for stream in streams
+    ]
 
 
 def polynomial(coefficients: Sequence[float], x: float) -> float:

@@ -104,7 +104,8 @@ class TransformerCache:
             result = inner(*args, **kwargs)
             self._check_complete(call, current)
         except BaseException:
-            thread.calls.forget(call)
+            # the other branches of the same call are interrupted, too
+            thread.calls.clear()
             raise
         finally:
             thread.current = None
