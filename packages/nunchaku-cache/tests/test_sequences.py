@@ -152,7 +152,7 @@ policies = st.builds(
 
 
 @given(policy=policies, sequence=st.lists(steps, min_size=1, max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_sequence_of_steps_does_what_the_model_says(
     policy: FirstBlockCache, sequence: list[dict[str, Any]]
 ) -> None:

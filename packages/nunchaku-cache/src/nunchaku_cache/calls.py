@@ -47,20 +47,28 @@ class Call(Generic[State]):
     """One call in progress: its witnesses, where it is, and a state per branch.
 
     Who makes the objects anew on every step is recognised by their values. Once a call was seen with the same objects
-    twice, it is over when they are gone.
+    twice, it is over when they are gone. Equal values at the same timestep are those of a call that repeats another.
     """
 
     def __init__(
-        self, key: Hashable, witnesses: Sequence[torch.Tensor], number: int, on_end: Callable[["Call[State]"], None]
+        self,
+        key: Hashable,
+        witnesses: Sequence[torch.Tensor],
+        schedule: object,
+        number: int,
+        on_end: Callable[["Call[State]"], None],
     ) -> None:
         """
         Args:
             key: what else tells calls apart.
             witnesses: tensors that stay the same over the call.
+            schedule: an object that a pipeline makes anew for every call, or None.
             number: to tell it from others of the same key that are in progress.
             on_end: called when the witnesses are gone.
         """
         self.key = key
+        self._schedule = schedule
+        self._repeats = False
         self.number = number
         self._on_end = on_end
         self._keeps_objects = False
@@ -76,17 +84,21 @@ class Call(Generic[State]):
         if self._keeps_objects:
             self._on_end(self)
 
-    def matches(self, key: Hashable, witnesses: Sequence[torch.Tensor]) -> bool:
+    def matches(self, key: Hashable, witnesses: Sequence[torch.Tensor], schedule: object) -> bool:
         """Whether a forward pass with these may be part of this call."""
         if self.key != key or len(witnesses) != len(self._witnesses):
             return False
         pairs = list(zip(self._witnesses, witnesses, strict=True))
         if all(known.is_same(tensor) for known, tensor in pairs):
             self._keeps_objects = bool(pairs)
+            self._repeats = False
             return True
-        if self._keeps_objects or not all(known.is_same(tensor) or known.is_copy(tensor) for known, tensor in pairs):
+        if self._keeps_objects or schedule is not self._schedule:
+            return False
+        if not all(known.is_same(tensor) or known.is_copy(tensor) for known, tensor in pairs):
             return False
         self._watch(witnesses)
+        self._repeats = True
         return True
 
     def branch_at(self, positions: tuple[float, ...], rising: bool) -> int:
@@ -94,12 +106,12 @@ class Call(Generic[State]):
 
         Passes of one timestep are branches in order. Timesteps that go back belong to a new call.
         """
-        if positions == self._positions:
+        if positions == self._positions and not self._repeats:
             self._branch += 1
             return self._branch
         back = any((new < old) if rising else (new > old) for new, old in zip(positions, self._positions, strict=False))
         # NaN is no place on a schedule
-        if back or any(position != position for position in positions):
+        if back or positions == self._positions or any(position != position for position in positions):
             self.branches.clear()
         self._positions, self._branch = positions, 0
         return 0
@@ -109,19 +121,19 @@ class Calls(Generic[State]):
     """The calls in progress of one thread."""
 
     def __init__(self) -> None:
-        self._calls: list[Call[State]] = []
+        self._calls: list[Call[State]] = []  # the most recently used last
 
-    def find(self, key: Hashable, witnesses: Sequence[torch.Tensor]) -> Call[State]:
-        """The call that a forward pass is part of, or a new one; most recently used last."""
+    def find(self, key: Hashable, witnesses: Sequence[torch.Tensor], schedule: object = None) -> Call[State]:
+        """The call that a forward pass is part of, or a new one. See `Call` for the arguments."""
         # a copy, since calls may end meanwhile: when the garbage collector runs
         for call in tuple(reversed(self._calls)):
-            if call.matches(key, witnesses):
+            if call.matches(key, witnesses, schedule):
                 self.forget(call)
                 break
         else:
             taken = {call.number for call in self._calls if call.key == key}
             number = next(number for number in count() if number not in taken)
-            call = Call(key, witnesses, number, self.forget)
+            call = Call(key, witnesses, schedule, number, self.forget)
             del self._calls[: max(0, len(self._calls) + 1 - MAX_CALLS)]
         self._calls.append(call)
         return call

@@ -122,6 +122,12 @@ class CacheHandle:
         pipeline = None if self._pipeline is None else self._pipeline()
         return getattr(pipeline, "_num_timesteps", None)
 
+    @property
+    def timesteps(self) -> Any:
+        """The pipeline's schedule, an object that every call makes anew; None without a pipeline."""
+        pipeline = None if self._pipeline is None else self._pipeline()
+        return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Compute everything meanwhile. Whatever was remembered is forgotten."""

@@ -30,6 +30,7 @@ class _ThreadState(threading.local):
         self.calls: Calls[Branch] = Calls()
         self.current: ForwardPass | None = None
         self.context: tuple[str, dict[str, Any]] = ("", {})
+        self.adapters: Hashable = None
 
 
 class TransformerCache:
@@ -92,13 +93,14 @@ class TransformerCache:
         thread = self._thread
         if not self.handle.enabled or thread.current is not None:
             return inner(*args, **kwargs)
-        if thread.generation != self._generation:
-            thread.generation = self._generation
+        adapters = self._adapters.fingerprint()
+        if (thread.generation, thread.adapters) != (self._generation, adapters):
+            thread.generation, thread.adapters = self._generation, adapters
             thread.calls.clear()
         for hook in self._block_hooks:
             hook.reinstall()
         arguments = self._signature.bind(args, kwargs)
-        call = thread.calls.find(self._key(arguments), self._witnesses(arguments))
+        call = thread.calls.find(self._key(arguments), self._witnesses(arguments), self.handle.timesteps)
         current = thread.current = self._pass(call, arguments)
         try:
             result = inner(*args, **kwargs)
@@ -148,7 +150,7 @@ class TransformerCache:
         family = self._plan.family
         shapes = tuple((t.shape, t.dtype, t.device) for t in tensors_of(arguments.get(family.sample)))
         others = {name: value for name, value in arguments.items() if name != family.timestep}
-        return self._thread.context[0], shapes, simple_values(others), self._adapters.fingerprint()
+        return self._thread.context[0], shapes, simple_values(others)
 
     def _witnesses(self, arguments: dict[str, Any]) -> list[torch.Tensor]:
         return [tensor for name in self._plan.family.call for tensor in tensors_of(arguments.get(name))]
