@@ -37,6 +37,8 @@ class BlockSignature:
         self._names = names
         self._places = {name: names.index(name) for name in declared}
         self._blocks = blocks
+        self._returned = [blocks.order.index(name) for name in blocks.streams]
+        self._taken = [blocks.streams.index(name) for name in blocks.order]
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A declared argument, None if it was not given."""
@@ -55,12 +57,14 @@ class BlockSignature:
         Raises:
             TypeError: one of them is no tensor.
         """
-        streams = [self.argument(name, args, kwargs) for name in self._blocks.streams]
-        for name, stream in zip(self._blocks.streams, streams, strict=True):
+        streams = []
+        for name in self._blocks.streams:
+            stream = self.argument(name, args, kwargs)
             if not isinstance(stream, torch.Tensor):
                 raise TypeError(
                     f"BlockList {self._blocks.name!r}: stream {name!r} must be a tensor, got {type(stream).__name__}"
                 )
+            streams.append(stream)
         return streams
 
     def outputs(self, result: Any) -> Streams:
@@ -69,21 +73,17 @@ class BlockSignature:
         Raises:
             TypeError: the block returned another number of streams.
         """
-        order = self._blocks.order
         if isinstance(result, torch.Tensor):
             result = (result,)
-        if not isinstance(result, tuple | list) or len(result) != len(order):
-            given = len(result) if isinstance(result, tuple | list) else type(result).__name__
-            raise TypeError(f"BlockList {self._blocks.name!r}: a block should return {', '.join(order)}, got {given}")
-        by_name = dict(zip(order, result, strict=True))
-        return [by_name[name] for name in self._blocks.streams]
+        if not isinstance(result, tuple | list) or len(result) != len(self._returned):
+            given = f"{len(result)} values" if isinstance(result, tuple | list) else type(result).__name__
+            expected = ", ".join(self._blocks.order)
+            raise TypeError(f"BlockList {self._blocks.name!r}: a block should return {expected}, got {given}")
+        return [result[i] for i in self._returned]
 
     def result(self, streams: Sequence[torch.Tensor | None]) -> Any:
         """What a block returns for these streams."""
-        if len(streams) == 1:
-            return streams[0]
-        by_name = dict(zip(self._blocks.streams, streams, strict=True))
-        return tuple(by_name[name] for name in self._blocks.order)
+        return streams[0] if len(streams) == 1 else tuple(streams[i] for i in self._taken)
 
     def valid_tokens(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """Valid tokens per sample, int64 (batch), or None for all of them."""

@@ -94,6 +94,7 @@ class Span:
         if self.base is None:
             self.base = inputs
 
+    @torch.no_grad()
     def close(self, outputs: Streams) -> Streams:
         """Account for all blocks so far; returns what they have added."""
         assert self.base is not None
@@ -187,25 +188,23 @@ class ForwardPass:
         kwargs: dict[str, Any],
     ) -> Any:
         inputs = place.signature.inputs(args, kwargs)
-        with torch.no_grad():
-            span.enter(inputs)
+        span.enter(inputs)
         if decision.index is None:
             result = inner(*args, **kwargs)
             outputs = place.signature.outputs(result)
         else:
             outputs = _run_some(place, inner, args, kwargs, inputs, decision.index)
             result = None
-        with torch.no_grad():
-            if place.ends_span:
-                some = None if decision.index is None else decision.misses
-                residuals = span.close(outputs)
-                self._residual(place).record(residuals, self._positions, some)
-                span.finished = True
-                self._record_trace(place, residuals)
-            elif place.blocks.name in self._written:
-                span.close(outputs)
-            else:
-                span.last = outputs
+        if place.ends_span:
+            some = None if decision.index is None else decision.misses
+            residuals = span.close(outputs)
+            self._residual(place).record(residuals, self._positions, some)
+            span.finished = True
+            self._record_trace(place, residuals)
+        elif place.blocks.name in self._written:
+            span.close(outputs)
+        else:
+            span.last = outputs
         if decision.index is None:
             return result
         if place.ends_span:

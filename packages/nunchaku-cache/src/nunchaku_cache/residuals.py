@@ -19,6 +19,7 @@ class ResidualHistory:
         self._nodes: list[tuple[float, ...]] = [()] * batch
         self._differences: list[list[torch.Tensor] | None] = []
 
+    @torch.no_grad()
     def record(
         self, residuals: Sequence[torch.Tensor | None], positions: Sequence[float], samples: Sequence[int] | None
     ) -> None:
