@@ -37,6 +37,7 @@ class BlockSignature:
         self._names = names
         self._places = {name: names.index(name) for name in declared}
         self._blocks = blocks
+        self._streams = [(name, self._places[name]) for name in blocks.streams]
         self._returned = [blocks.order.index(name) for name in blocks.streams]
         self._taken = [blocks.streams.index(name) for name in blocks.order]
 
@@ -57,14 +58,16 @@ class BlockSignature:
         Raises:
             TypeError: one of them is no tensor.
         """
-        streams = []
-        for name in self._blocks.streams:
-            stream = self.argument(name, args, kwargs)
+        streams = [
+            kwargs[name] if name in kwargs else args[place] if place < len(args) else None
+            for name, place in self._streams
+        ]
+        for stream in streams:
             if not isinstance(stream, torch.Tensor):
+                names = ", ".join(self._blocks.streams)
                 raise TypeError(
-                    f"BlockList {self._blocks.name!r}: stream {name!r} must be a tensor, got {type(stream).__name__}"
+                    f"BlockList {self._blocks.name!r}: the streams {names} must be tensors, got {type(stream).__name__}"
                 )
-            streams.append(stream)
         return streams
 
     def outputs(self, result: Any) -> Streams:
@@ -73,6 +76,8 @@ class BlockSignature:
         Raises:
             TypeError: the block returned another number of streams.
         """
+        if type(result) is tuple and len(result) == len(self._returned):
+            return [result[i] for i in self._returned]
         if isinstance(result, torch.Tensor):
             result = (result,)
         if not isinstance(result, tuple | list) or len(result) != len(self._returned):

@@ -88,9 +88,12 @@ class Span:
 
     def enter(self, inputs: list[torch.Tensor]) -> None:
         """A block is about to run on these."""
-        if self.last is not None and any(new is not old for new, old in zip(inputs, self.last, strict=True)):
-            self.close(self.last)
-        self.last = None
+        if self.last is not None:
+            for new, old in zip(inputs, self.last, strict=True):
+                if new is not old:
+                    self.close(self.last)
+                    break
+            self.last = None
         if self.base is None:
             self.base = inputs
 
@@ -150,25 +153,32 @@ class ForwardPass:
     def run(self, place: Place, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a block, or what stands in for it."""
         self.blocks_seen += 1
-        if place.decides:
-            before = place.signature.inputs(args, kwargs)
-            result = inner(*args, **kwargs)
-            self._decide_behind(place, before, place.signature.outputs(result), args, kwargs)
-            return result
         if place.precedes:
             self._decide_before(place, args, kwargs)
+        inputs = place.signature.inputs(args, kwargs)
+        if place.decides:
+            result = inner(*args, **kwargs)
+            self._decide_behind(place, inputs, place.signature.outputs(result), args, kwargs)
+            return result
         decision = self._decisions.get(place.segment)
         if decision is None:
             # the model left out the block that decides
             return inner(*args, **kwargs)
-        span = self._spans.setdefault((place.segment, place.span), Span())
-        if decision.misses:
-            return self._compute(place, decision, span, inner, args, kwargs)
-        streams: Streams = list(place.signature.inputs(args, kwargs))
-        if place.ends_span:
-            streams = self._residual(place).add_to(streams, self._positions, None)
-            span.finished = True
-        return place.signature.result(streams)
+        span = self._spans.get((place.segment, place.span))
+        if span is None:
+            span = self._spans[place.segment, place.span] = Span()
+        if not decision.misses:
+            return self._skip(place, span, inputs)
+        span.enter(inputs)
+        if decision.index is not None:
+            outputs = _run_some(place, inner, args, kwargs, inputs, decision.index)
+            self._leave(place, span, decision, outputs)
+            if place.ends_span:
+                outputs = self._residual(place).add_to(outputs, self._positions, decision.hits)
+            return place.signature.result(outputs)
+        result = inner(*args, **kwargs)
+        self._leave(place, span, decision, place.signature.outputs(result))
+        return result
 
     def unfinished(self) -> bool:
         """Whether blocks ran, or were skipped, whose span the model did not bring to its end."""
@@ -178,23 +188,16 @@ class ForwardPass:
         """Whether a sample skipped blocks."""
         return any(decision.hits for decision in self._decisions.values())
 
-    def _compute(
-        self,
-        place: Place,
-        decision: Decision,
-        span: Span,
-        inner: Inner,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        inputs = place.signature.inputs(args, kwargs)
-        span.enter(inputs)
-        if decision.index is None:
-            result = inner(*args, **kwargs)
-            outputs = place.signature.outputs(result)
-        else:
-            outputs = _run_some(place, inner, args, kwargs, inputs, decision.index)
-            result = None
+    def _skip(self, place: Place, span: Span, inputs: list[torch.Tensor]) -> Any:
+        """What all samples have behind a skipped block: the last one of a span adds what the span would have."""
+        streams: Streams = [*inputs]
+        if place.ends_span:
+            streams = self._residual(place).add_to(streams, self._positions, None)
+            span.finished = True
+        return place.signature.result(streams)
+
+    def _leave(self, place: Place, span: Span, decision: Decision, outputs: Streams) -> None:
+        """Account for a block that ran."""
         if place.ends_span:
             some = None if decision.index is None else decision.misses
             residuals = span.close(outputs)
@@ -205,11 +208,6 @@ class ForwardPass:
             span.close(outputs)
         else:
             span.last = outputs
-        if decision.index is None:
-            return result
-        if place.ends_span:
-            outputs = self._residual(place).add_to(outputs, self._positions, decision.hits)
-        return place.signature.result(outputs)
 
     def _record_trace(self, place: Place, residuals: Streams) -> None:
         trace = self._settings.trace

@@ -83,8 +83,10 @@ class TransformerCache:
         self._thread.calls.clear()
 
     def _block_forward(self, place: Place) -> Callable[..., Any]:
+        thread = self._thread
+
         def call(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            current = self._thread.current
+            current = thread.current
             return inner(*args, **kwargs) if current is None else current.run(place, inner, args, kwargs)
 
         return call
