@@ -222,6 +222,16 @@ def test_a_call_that_starts_in_the_middle_of_a_schedule(pipe: Any) -> None:
     assert handle.stats.hit_pattern() == [(False,), (True,), (True,), (True,)]
 
 
+def test_timesteps_that_are_the_same_in_16_bits_are_steps(pipe: Any) -> None:
+    handle = nunchaku_cache.apply(pipe.to(torch.bfloat16), FirstBlockCache(threshold=float("inf")))
+    given = {name: value.bfloat16() for name, value in embeddings(0).items()}
+    draw(pipe, given, num_inference_steps=300)
+    timesteps = [record.timestep for record in handle.stats.steps]
+    assert len(set(timesteps)) < len(timesteps) == 300
+    assert {record.branch for record in handle.stats.steps} == {"cond"}
+    assert handle.stats.misses == 1
+
+
 def test_changed_adapters_reset(pipe: Any) -> None:
     from peft import LoraConfig
 

@@ -58,7 +58,7 @@ class BlockSignature:
         Raises:
             TypeError: one of them is no tensor.
         """
-        streams = [
+        streams: list[Any] = [
             kwargs[name] if name in kwargs else args[place] if place < len(args) else None
             for name, place in self._streams
         ]

@@ -68,6 +68,7 @@ class Call(Generic[State]):
         """
         self.key = key
         self._schedule = schedule
+        self._same_schedule = False
         self._repeats = False
         self.number = number
         self._on_end = on_end
@@ -92,6 +93,8 @@ class Call(Generic[State]):
         if all(known.is_same(tensor) for known, tensor in pairs):
             self._keeps_objects = bool(pairs)
             self._repeats = False
+            self._same_schedule = schedule is not None and schedule is self._schedule
+            self._schedule = schedule
             return True
         if self._keeps_objects or schedule is not self._schedule:
             return False
@@ -101,13 +104,20 @@ class Call(Generic[State]):
         self._repeats = True
         return True
 
-    def branch_at(self, positions: tuple[float, ...], rising: bool) -> int:
+    def branch_at(self, positions: tuple[float, ...], *, rising: bool, named: bool) -> int:
         """The branch of a pass at these timesteps; forgets everything if they say that another call has begun.
 
-        Passes of one timestep are branches in order. Timesteps that go back belong to a new call.
+        Passes of one timestep are branches in order; those that have a name each are steps whose timesteps are the same
+        in 16 bits. Timesteps that go back belong to a new call.
+
+        Args:
+            positions: timestep per sample.
+            rising: whether timesteps rise over a call.
+            named: passes of different branches have different keys.
         """
         if positions == self._positions and not self._repeats:
-            self._branch += 1
+            if not (named and self._same_schedule):
+                self._branch += 1
             return self._branch
         back = any((new < old) if rising else (new > old) for new, old in zip(positions, self._positions, strict=False))
         # NaN is no place on a schedule

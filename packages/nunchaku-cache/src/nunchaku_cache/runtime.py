@@ -120,7 +120,7 @@ class TransformerCache:
         rising = self._plan.family.rising
 
         def branch_at(positions: tuple[float, ...]) -> tuple[Branch | None, Callable[[Branch], None]]:
-            number = call.branch_at(positions, rising)
+            number = call.branch_at(positions, rising=rising, named=bool(name))
 
             def keep(branch: Branch) -> None:
                 label = call.number + number
