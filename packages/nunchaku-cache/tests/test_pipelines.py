@@ -232,6 +232,17 @@ def test_timesteps_that_are_the_same_in_16_bits_are_steps(pipe: Any) -> None:
     assert handle.stats.misses == 1
 
 
+def test_autocast(pipe: Any) -> None:
+    transformer = pipe.transformer
+    dtypes: list[torch.dtype] = []
+    transformer.norm_out.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    handle = cached(pipe, threshold=0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        drawn = draw(pipe)
+    assert handle.stats.hits and len(set(dtypes)) == 1
+    torch.testing.assert_close(drawn, draw(pipe), rtol=0.1, atol=0.1, check_dtype=False)
+
+
 def test_changed_adapters_reset(pipe: Any) -> None:
     from peft import LoraConfig
 

@@ -102,7 +102,9 @@ class Span:
         """Account for all blocks so far; returns what they have added."""
         assert self.base is not None
         added: Streams = [
-            None if new is None else torch.sub(new, old) for new, old in zip(outputs, self.base, strict=True)
+            # under autocast the dtypes differ
+            None if new is None else torch.sub(new, old.to(new.dtype))
+            for new, old in zip(outputs, self.base, strict=True)
         ]
         if self.partial is not None:
             added = [

@@ -17,22 +17,26 @@ def distances(
     """mean|previous - (current - origin)| / mean|previous| per sample, over all streams.
 
     Args:
-        current, previous, origin: tensors (batch, tokens, channels) per stream; no origin: zero.
+        current, previous, origin: tensors (batch, tokens, channels) per stream, compared in the dtype of `previous`; no
+            origin: zero.
         tokens: how many tokens of each sample count, int64 (batch); None: all.
     """
     found: list[float] = torch.ops.nunchaku_kernels.relative_l1(
-        _as_tokens(current), _as_tokens(previous), None if origin is None else _as_tokens(origin), tokens
+        _comparable(current, previous),
+        _comparable(previous, previous),
+        None if origin is None else _comparable(origin, previous),
+        tokens,
     ).tolist()
     return found
 
 
-def _as_tokens(streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Streams (batch, tokens, channels) of a dtype that the operator has; videos may come as (batch, ..., channels)."""
+def _comparable(streams: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Streams as the operator takes them: dtypes may differ, under autocast, and videos be (batch, ..., channels)."""
     return [
         (stream if stream.dim() == 3 else stream.reshape(stream.shape[0], -1, stream.shape[-1])).to(
-            torch.float32 if stream.dtype == torch.float64 else stream.dtype
+            torch.float32 if other.dtype == torch.float64 else other.dtype
         )
-        for stream in streams
+        for stream, other in zip(streams, like, strict=True)
     ]
 
 

@@ -99,7 +99,8 @@ class ResidualHistory:
 
 
 def _polynomial(stream: torch.Tensor, differences: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
-    result = stream + differences[0]
+    # under autocast the stream may have another dtype than what the skipped blocks return
+    result = stream.to(differences[0].dtype) + differences[0]
     for difference, factor in zip(differences[1:], factors[1:], strict=False):
         result.add_(difference, alpha=factor)
     return result
