@@ -7,13 +7,13 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from nunchaku_cache.policy import DoubleFirstBlockCache, FirstBlockCache, TeaCache
+from nunchaku_cache.policy import DoubleFirstBlockCache, FirstBlockCache, ScheduledCache, TeaCache
+from nunchaku_cache.schedule import Schedule, Trace, find_schedule
 
 if TYPE_CHECKING:
     from nunchaku_cache.families import BlockList, Family, families, register
     from nunchaku_cache.handle import CacheHandle, apply
     from nunchaku_cache.published import apply_cache_on_pipe, apply_cache_on_transformer, tea_cache
-    from nunchaku_cache.schedule import Schedule, Trace, find_schedule
     from nunchaku_cache.stats import Stats, StepRecord
 
 __version__ = "0.1.0"
@@ -24,15 +24,12 @@ _LAZY = {
     "BlockList": "nunchaku_cache.families",
     "CacheHandle": "nunchaku_cache.handle",
     "Family": "nunchaku_cache.families",
-    "Schedule": "nunchaku_cache.schedule",
     "Stats": "nunchaku_cache.stats",
     "StepRecord": "nunchaku_cache.stats",
-    "Trace": "nunchaku_cache.schedule",
     "apply": "nunchaku_cache.handle",
     "apply_cache_on_pipe": "nunchaku_cache.published",
     "apply_cache_on_transformer": "nunchaku_cache.published",
     "families": "nunchaku_cache.families",
-    "find_schedule": "nunchaku_cache.schedule",
     "register": "nunchaku_cache.families",
     "tea_cache": "nunchaku_cache.published",
 }
@@ -43,6 +40,7 @@ __all__ = [
     "Family",
     "FirstBlockCache",
     "Schedule",
+    "ScheduledCache",
     "Stats",
     "StepRecord",
     "TeaCache",

@@ -1,6 +1,5 @@
 """One forward pass of a transformer under a cache: decides per segment, then skips or runs its blocks."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,6 @@ from nunchaku_cache.measure import HostCopy, distances, polynomial
 from nunchaku_cache.plan import Place, Plan
 from nunchaku_cache.policy import Progress, Rule, is_hit
 from nunchaku_cache.residuals import ResidualHistory
-from nunchaku_cache.schedule import Trace
 from nunchaku_cache.stats import StepRecord
 
 Inner = Callable[..., Any]
@@ -25,8 +23,6 @@ class SegmentState:
         self.progress = [Progress() for _ in range(batch)]
         self.measured: list[torch.Tensor] | None = None
         self.residuals = [ResidualHistory(batch, order) for _ in range(spans)]
-        # while recording: residuals of the latest steps per span, newest first
-        self.trails: list[deque[Streams]] = [deque() for _ in range(spans)]
 
 
 @dataclass
@@ -46,14 +42,12 @@ class Settings:
         order: of the forecast.
         tea_coefficients: of TeaCache's polynomial; None: distances are those of first blocks.
         total_steps: of the call, None if unknown.
-        trace: where to record what reuse would cost; then every step is computed.
     """
 
     rules: tuple[Rule, ...]
     order: int
     tea_coefficients: tuple[float, ...] | None
     total_steps: int | None
-    trace: Trace | None
 
 
 @dataclass
@@ -205,27 +199,10 @@ class ForwardPass:
             residuals = span.close(outputs)
             self._residual(place).record(residuals, self._positions, some)
             span.finished = True
-            self._record_trace(place, residuals)
         elif place.blocks.name in self._written:
             span.close(outputs)
         else:
             span.last = outputs
-
-    def _record_trace(self, place: Place, residuals: Streams) -> None:
-        trace = self._settings.trace
-        if trace is None:
-            return
-        assert self._branch is not None
-        state, segment = self._branch.segments[place.segment], self._plan.segments[place.segment].name
-        step, trail = state.progress[0].step - 1, state.trails[place.span]
-        trace.add(segment, step, 0, ())
-        new = [stream for stream in residuals if stream is not None]
-        for gap, earlier in enumerate(trail, 1):
-            old = [stream for stream in earlier if stream is not None]
-            trace.add(segment, step, gap, distances(old, new, None, None))
-        trail.appendleft(residuals)
-        while len(trail) > trace.max_gap:
-            trail.pop()
 
     def _residual(self, place: Place) -> ResidualHistory:
         assert self._branch is not None
@@ -288,7 +265,7 @@ class ForwardPass:
         hits: list[int] = []
         misses: list[int] = []
         for i, (progress, distance) in enumerate(zip(state.progress, per_sample, strict=True)):
-            hit = self._settings.trace is None and is_hit(rule, progress, distance, steps)
+            hit = is_hit(rule, progress, distance, steps)
             (hits if hit else misses).append(i)
         self._on_record(
             StepRecord(

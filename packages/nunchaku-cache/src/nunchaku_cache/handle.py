@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nunchaku_cache.families import Family, family_of
-from nunchaku_cache.policy import DoubleFirstBlockCache, FirstBlockCache, Policy, TeaCache
+from nunchaku_cache.policy import Policy, ScheduledCache, ThresholdPolicy
 from nunchaku_cache.runtime import TransformerCache, cache_of
 from nunchaku_cache.schedule import Trace
 from nunchaku_cache.stats import Stats
@@ -25,16 +25,17 @@ def apply(target: Any, policy: Policy, *, family: Family | None = None) -> "Cach
 
     Args:
         target: a diffusers pipeline or transformer.
-        policy: `FirstBlockCache`, `DoubleFirstBlockCache` or `TeaCache`.
+        policy: `FirstBlockCache`, `DoubleFirstBlockCache`, `ScheduledCache` or `TeaCache`.
         family: declaration of a transformer that is not known, see `families`.
 
     Raises:
         TypeError: not a pipeline or transformer, or not a policy.
         ValueError: an undeclared transformer, or one that the policy does not suit; the message says what to do.
     """
-    if not isinstance(policy, FirstBlockCache | DoubleFirstBlockCache | TeaCache):
+    if not isinstance(policy, Policy):
         raise TypeError(
-            f"policy: expected FirstBlockCache, DoubleFirstBlockCache or TeaCache, got {type(policy).__name__}"
+            "policy: expected FirstBlockCache, DoubleFirstBlockCache, ScheduledCache or TeaCache, got "
+            f"{type(policy).__name__}"
         )
     transformers = _transformers(target)
     pipeline = None if isinstance(target, nn.Module) else target
@@ -102,17 +103,26 @@ class CacheHandle:
 
     @property
     def threshold(self) -> float:
-        """The policy's threshold; may be assigned at any time, also between two steps."""
-        return self._policy.threshold
+        """The policy's threshold; may be assigned at any time, also between two steps.
+
+        Raises:
+            ValueError: the policy has none.
+        """
+        return self._with_threshold().threshold
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
-        self._policy = self._policy.with_threshold(threshold)
+        self._policy = self._with_threshold().with_threshold(threshold)
+
+    def _with_threshold(self) -> ThresholdPolicy:
+        if isinstance(self._policy, ScheduledCache):
+            raise ValueError("threshold: a ScheduledCache has none; assign another policy")
+        return self._policy
 
     @property
     def enabled(self) -> bool:
         """Whether blocks may be skipped."""
-        return not self._disabled and self._policy.threshold >= 0
+        return not self._disabled and (isinstance(self._policy, ScheduledCache) or self._policy.threshold >= 0)
 
     @property
     def num_steps(self) -> int | None:
@@ -141,18 +151,20 @@ class CacheHandle:
                 self._disabled -= 1
 
     @contextlib.contextmanager
-    def record(self, max_gap: int = 8) -> Iterator[Trace]:
-        """Compute every step meanwhile, and record what reusing residuals would have cost, for `find_schedule`.
+    def record(self, max_gap: int = 16) -> Iterator[Trace]:
+        """Compute every step meanwhile, and record how the transformer's outputs move, for `find_schedule`.
 
         Args:
-            max_gap: how many steps back to compare; so many residuals are held.
+            max_gap: how many steps back a forecast may look; so many outputs are held.
 
         Raises:
-            ValueError: `max_gap` below 1.
+            ValueError: `max_gap` below 1, or the policy is no `ScheduledCache`.
             RuntimeError: a recording is under way.
         """
         if max_gap < 1:
             raise ValueError(f"max_gap: expected at least 1, got {max_gap}")
+        if not isinstance(self._policy, ScheduledCache):
+            raise ValueError(f"record: expected the policy ScheduledCache(), got {self._policy}")
         if self.trace is not None:
             raise RuntimeError("record: a recording is under way")
         self.reset()

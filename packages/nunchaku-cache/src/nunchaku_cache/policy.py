@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
-MAX_ORDER = 2
+from nunchaku_cache.schedule import MAX_ORDER, Schedule
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class FirstBlockCache:
         accumulate: compare the sum of distances over the skipped steps in a row, this one included, instead of this
             one's: bounds the error of a row of hits.
         schedule: an entry per step: a number is that step's threshold, True skips and False computes whatever the
-            distance; steps beyond its end are computed. The limits above hold all the same. See `find_schedule`.
+            distance; steps beyond its end are computed. The limits above hold all the same.
         order: what stands in for the skipped residual: 0, the last computed one; 1 or 2, a polynomial through the last
             two or three computed ones, in the timestep.
         num_steps: steps of a call, for `final_steps`, where the pipeline does not tell.
@@ -205,7 +205,33 @@ class TeaCache:
         return replace(self, threshold=threshold)
 
 
-Policy = FirstBlockCache | DoubleFirstBlockCache | TeaCache
+@dataclass(frozen=True)
+class ScheduledCache:
+    """Skip the whole transformer at steps that were chosen beforehand, and forecast its output as was found best for
+    each. Nothing is measured, no block runs. For one model and one number of steps: other calls are computed whole.
+
+    Attributes:
+        schedule: from `find_schedule`; None: every step is computed, for `handle.record`.
+        num_steps: steps of a call, where the pipeline does not tell.
+    """
+
+    schedule: Schedule | None = None
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None and not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule: expected a Schedule or None, got {type(self.schedule).__name__}")
+        if self.num_steps is not None:
+            _integer("num_steps", self.num_steps, 1)
+
+    @property
+    def order(self) -> int:
+        """Of the forecast: how many computed outputs it looks at, but for the last."""
+        return 0 if self.schedule is None else max(1, *map(len, self.schedule.damping)) - 1
+
+
+ThresholdPolicy = FirstBlockCache | DoubleFirstBlockCache | TeaCache
+Policy = ThresholdPolicy | ScheduledCache
 
 
 def rule_of(
@@ -222,7 +248,7 @@ def rule_of(
     )
 
 
-def check_policy(policy: Policy) -> None:
+def check_policy(policy: "ThresholdPolicy") -> None:
     """Check what policies have in common, and turn schedules into tuples.
 
     Raises:

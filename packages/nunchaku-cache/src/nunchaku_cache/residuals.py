@@ -68,6 +68,23 @@ class ResidualHistory:
             product *= positions[sample] - node
         return factors
 
+    def predict(self, positions: Sequence[float], damping: Sequence[float]) -> list[torch.Tensor]:
+        """What the polynomial gives alone, where all samples have one position.
+
+        Args:
+            positions: timestep of the first sample.
+            damping: what its terms are multiplied by, lowest first; those beyond its end by 0.
+        """
+        factors = [factor * damp for factor, damp in zip(self.forecast(positions, 0), damping, strict=False)]
+        results = []
+        for kept in self._differences:
+            assert kept is not None
+            result = kept[0] * factors[0]
+            for difference, factor in zip(kept[1:], factors[1:], strict=False):
+                result.add_(difference, alpha=factor)
+            results.append(result)
+        return results
+
     def add_to(
         self, streams: Sequence[torch.Tensor | None], positions: Sequence[float], samples: Sequence[int] | None
     ) -> list[torch.Tensor | None]:
