@@ -138,6 +138,21 @@ AwqArguments awq_linear(Address x, int x_dtype, int64_t tokens, int64_t in_featu
             out_dtype};
 }
 
+L1ChangeArguments l1_change(Address current, int64_t current_sample_stride, int64_t current_token_stride,
+                            Address origin, int64_t origin_sample_stride, int64_t origin_token_stride, Address previous,
+                            int64_t previous_sample_stride, int64_t previous_token_stride, int dtype, int64_t samples,
+                            int64_t tokens, int64_t channels, Address counted, Address sums) {
+    return {{at<const void>(current), current_sample_stride, current_token_stride},
+            {at<const void>(origin), origin_sample_stride, origin_token_stride},
+            {at<const void>(previous), previous_sample_stride, previous_token_stride},
+            dtype,
+            samples,
+            tokens,
+            channels,
+            at<const int64_t>(counted),
+            at<double>(sums)};
+}
+
 // The arguments of every operator, under the names Python gives them; what says where to run comes behind them.
 const auto fold_names =
     std::make_tuple("qweight"_a, "wscales"_a, "wscales_dtype"_a, "Np"_a, "Kp"_a, "row_scales"_a, "multipliers"_a);
@@ -165,6 +180,10 @@ const auto linear_heads_names = std::make_tuple(
 const auto awq_names =
     std::make_tuple("x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "qweight"_a, "wscales"_a, "wzeros"_a,
                     "scales_dtype"_a, "bias"_a, "bias_dtype"_a, "N"_a, "group_size"_a, "out"_a, "out_dtype"_a);
+const auto l1_change_names =
+    std::make_tuple("current"_a, "current_sample_stride"_a, "current_token_stride"_a, "origin"_a,
+                    "origin_sample_stride"_a, "origin_token_stride"_a, "previous"_a, "previous_sample_stride"_a,
+                    "previous_token_stride"_a, "dtype"_a, "B"_a, "T"_a, "C"_a, "counted"_a, "sums"_a);
 
 template <class Function, class Names, class... Where>
 void define(nb::module_& module, const char* name, Function function, const Names& names, const Where&... where) {
@@ -191,6 +210,7 @@ void define_cpu(nb::module_& module) {
            accumulate_names, "threads"_a, "isa"_a);
     define(module, "w4a8_linear", on_cpu(linear, cpu::w4a8_linear), linear_names, "threads"_a, "isa"_a);
     define(module, "w4a16_linear", on_cpu(awq_linear, cpu::w4a16_linear), awq_names, "threads"_a, "isa"_a);
+    define(module, "l1_change", on_cpu(l1_change, cpu::l1_change), l1_change_names, "threads"_a, "isa"_a);
 }
 
 #ifdef NK_CUDA

@@ -108,4 +108,15 @@ void validate(const AwqArguments& a) {
     require_pointer(a.out, "out");
 }
 
+void validate(const L1ChangeArguments& a) {
+    require_dtype(a.dtype, "dtype");
+    require(a.samples >= 0, "B", "0 or more", a.samples);
+    require(a.tokens >= 0, "T", "0 or more", a.tokens);
+    require(a.channels >= 0, "C", "0 or more", a.channels);
+    if (!a.samples || !a.tokens || !a.channels) return;
+    require_pointer(a.current.data, "current");
+    require_pointer(a.previous.data, "previous");
+    require_pointer(a.sums, "sums");
+}
+
 }  // namespace nk

@@ -86,6 +86,22 @@ struct HeadArguments {
     int64_t first_token, out_tokens;
 };
 
+// [samples, tokens, channels], channels side by side, strides in elements; absent if data is null.
+struct Activations {
+    const void* data;
+    int64_t sample_stride, token_stride;
+};
+
+// Per sample, over the tokens that count: sums of |previous - (current - origin)| and of |previous|. The difference
+// current - origin is rounded to the dtype, which all three have.
+struct L1ChangeArguments {
+    Activations current, origin, previous;
+    int dtype;
+    int64_t samples, tokens, channels;
+    const int64_t* counted;  // [samples] leading tokens of each sample that count, or null: all
+    double* sums;            // [samples, 2], added to
+};
+
 struct AwqArguments {
     FloatTensor x;  // [tokens, in_features], rows `stride` elements apart
     int64_t tokens, in_features, stride;
@@ -107,5 +123,6 @@ void validate(const ProductArguments& product);
 void validate(const LinearArguments& arguments);  // with its product
 void validate(const HeadArguments& arguments);    // with its linear
 void validate(const AwqArguments& arguments);
+void validate(const L1ChangeArguments& arguments);
 
 }  // namespace nk

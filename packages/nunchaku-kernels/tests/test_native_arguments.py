@@ -36,18 +36,26 @@ W4A16: dict[str, Any] = {
     "x": A, "x_dtype": 0, "M": 1, "K": 64, "x_stride": 64, "qweight": A, "wscales": A, "wzeros": A, "scales_dtype": 0,
     "bias": 0, "bias_dtype": 0, "N": 4, "group_size": 64, "out": A, "out_dtype": 0, "threads": 1, "isa": "",
 }  # fmt: skip
+L1_CHANGE: dict[str, Any] = {
+    "current": A, "current_sample_stride": 8, "current_token_stride": 8, "origin": 0, "origin_sample_stride": 0,
+    "origin_token_stride": 0, "previous": A, "previous_sample_stride": 8, "previous_token_stride": 8, "dtype": 0,
+    "B": 1, "T": 1, "C": 8, "counted": 0, "sums": A, "threads": 1, "isa": "",
+}  # fmt: skip
 CALLS: dict[Callable[..., None], dict[str, Any]] = {
     _C.w4a8_fold_scales: FOLD,
     _C.w4a8_quantize: QUANTIZE,
     _C.w4a8_accumulate: ACCUMULATE,
     _C.w4a8_linear: LINEAR,
     _C.w4a16_linear: W4A16,
+    _C.l1_change: L1_CHANGE,
 }
 REFUSED: dict[str, list[Any]] = {
     "Np": [0, -128, 64], "Kp": [0, -64, 32, 133056], "M": [-1], "K": [0, -1, 65], "R": [-16], "threads": [0],
     "N": [0, 6, -4], "group_size": [0, 32, -64], "out_features": [0, 129], "activation": [3, -1],
     "isa": ["sse9"], "qweight": [0], "x": [0], "codes": [0], "out": [0], "ascales": [0], "multipliers": [0],
     "row_scales": [0], "wscales": [0], "wzeros": [0],
+    "dtype": [3, -1], "B": [-1], "T": [-1], "C": [-1], "current": [0], "previous": [0],
+    "sums": [0],
 }  # fmt: skip
 ALL_CALLS = pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
 

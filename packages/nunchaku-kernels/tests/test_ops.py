@@ -43,6 +43,8 @@ def every_call(
         "residual": randn(tokens, n - 5),
         "out_dtype": dtype,
     }
+    streams = [[randn(3, size, 20, dtype=dtype, seed=i + size) for size in (tokens, 2)] for i in range(3)]
+    calls["relative_l1"] = ((*streams, torch.tensor([2, 1, 2])), {})
     x = randn(tokens, 250, dtype=dtype)
     for precision in ("int4", "nvfp4"):
         p = pack_svdq(random_weights(n, 256, precision=precision, rank=rank, factors=True))
@@ -98,6 +100,8 @@ def bare(calls: dict[str, Call]) -> dict[str, Call]:
             reduced[name] = ((*head, None, None, None, None), shape)
         elif name == "w4a16_linear":
             reduced[name] = ((*arguments[:4], None, 64), {})
+        elif name == "relative_l1":
+            reduced[name] = (arguments[:2], {})
         else:
             reduced[name] = (arguments, keywords)
     return reduced

@@ -6,6 +6,7 @@
 #include "avx2/lowrank_tile.h"
 #include "generic/epilogue.h"
 #include "generic/fold_strip.h"
+#include "generic/l1_change.h"
 #include "generic/matmul.h"
 #include "generic/quantize_token.h"
 
@@ -13,9 +14,9 @@ namespace nk::cpu {
 
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {
-    "avx2",     to_float_array, from_float_array, matmul,           lowrank_tile,
-    fold_strip, quantize_token, decode_panel,     accumulate_panel, dequantize_row,
-    finish_row, awq_decode,     awq_product,      nullptr,          nullptr,
+    "avx2",         to_float_array, from_float_array, matmul,         lowrank_tile, fold_strip,
+    quantize_token, decode_panel,   accumulate_panel, dequantize_row, finish_row,   awq_decode,
+    awq_product,    nullptr,        nullptr,          l1_change,
 };
 
 }  // namespace nk::cpu

@@ -7,6 +7,7 @@
 #include "avx512vnni/awq_lookup.h"
 #include "generic/epilogue.h"
 #include "generic/fold_strip.h"
+#include "generic/l1_change.h"
 #include "generic/matmul.h"
 #include "generic/quantize_token.h"
 
@@ -14,9 +15,9 @@ namespace nk::cpu {
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    "avx512bf16", to_float_array, from_float_array, matmul,           lowrank_tile,
-    fold_strip,   quantize_token, decode_panel,     accumulate_panel, dequantize_row,
-    finish_row,   awq_decode,     awq_product,      awq_decode_bf16,  matmul_bf16,
+    "avx512bf16",   to_float_array,  from_float_array, matmul,         lowrank_tile, fold_strip,
+    quantize_token, decode_panel,    accumulate_panel, dequantize_row, finish_row,   awq_decode,
+    awq_product,    awq_decode_bf16, matmul_bf16,      l1_change,
 };
 
 }  // namespace nk::cpu

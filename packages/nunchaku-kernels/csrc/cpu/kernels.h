@@ -46,7 +46,8 @@ struct Kernels {
     void (*lowrank_tile)(const void* tile, DType dtype, float* dst, size_t ld);
 
     // Row scales [16] and multipliers [16, groups] of one strip of 16 channels (numerics/w4a8.h), whose codes and group
-    // scales begin at `qweight` and `wscales` in the published order. `scales` and `largest` are scratch for 16 * groups.
+    // scales begin at `qweight` and `wscales` in the published order. `scales` and `largest` are scratch for 16 *
+    // groups.
     void (*fold_strip)(const uint8_t* qweight, const void* wscales, DType dtype, size_t groups, float* scales,
                        uint8_t* largest, float* row_scales, int16_t* multipliers);
 
@@ -83,6 +84,11 @@ struct Kernels {
     void (*awq_decode_bf16)(const AwqQuad& quad, uint16_t* panel);
     void (*matmul_bf16)(const uint16_t* x, size_t stride, size_t tokens, const uint16_t* panel, size_t inputs, float* y,
                         size_t ldy);
+
+    // sums[0] = sum |previous - (current - origin)|, sums[1] = sum |previous|; the difference current - origin is
+    // rounded to `dtype`, a null origin is 0.
+    void (*l1_change)(const void* current, const void* origin, const void* previous, DType dtype, size_t channels,
+                      float* sums);
 };
 
 }  // namespace nk::cpu

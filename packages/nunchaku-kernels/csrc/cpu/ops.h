@@ -13,5 +13,6 @@ void w4a8_quantize(const QuantizeArguments& arguments, int64_t threads, const st
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, int64_t threads, const std::string& isa);
 void w4a8_linear(const LinearArguments& arguments, int64_t threads, const std::string& isa);
 void w4a16_linear(const AwqArguments& arguments, int64_t threads, const std::string& isa);
+void l1_change(const L1ChangeArguments& arguments, int64_t threads, const std::string& isa);
 
 }  // namespace nk::cpu

@@ -1,6 +1,7 @@
 // The portable table: plain C++ and compiler vectors, no instruction-set flags.
 #include "generic/epilogue.h"
 #include "generic/fold_strip.h"
+#include "generic/l1_change.h"
 #include "generic/matmul.h"
 #include "generic/quantize_token.h"
 #include "portable/awq_decode.h"
@@ -11,9 +12,9 @@ namespace nk::cpu {
 
 extern const Kernels portable_kernels;
 const Kernels portable_kernels = {
-    "portable", to_float_array, from_float_array, matmul,           lowrank_tile,
-    fold_strip, quantize_token, decode_panel,     accumulate_panel, dequantize_row,
-    finish_row, awq_decode,     nullptr,          nullptr,          nullptr,
+    "portable",     to_float_array, from_float_array, matmul,         lowrank_tile, fold_strip,
+    quantize_token, decode_panel,   accumulate_panel, dequantize_row, finish_row,   awq_decode,
+    nullptr,        nullptr,        nullptr,          l1_change,
 };
 
 }  // namespace nk::cpu

@@ -4,13 +4,13 @@ Every tensor argument is the address of its first element, 0 where the tensor is
 2 bf16. `isa` is a name from `isas()`, or "" for the best one. All functions release the GIL and raise ValueError for
 sizes, codes or instruction sets they cannot serve.
 
-Where CUDA kernels were built there is a submodule `cuda` with the same functions; instead of `threads` they take a
-`device` and the address of a `stream`, on which they launch without waiting, and raise RuntimeError for errors of the
-CUDA runtime. Its `isas(device)` names the kernel sets that run on a device. Two more of its functions return whether a
-kernel takes their arguments: `w4a8_quantize_norm` has those of `w4a8_quantize` without `shift`, and behind `Kp` the
-addresses `scale` and `shift` of [rows, K] tensors of the dtype of x, `rows` and `eps`; `w4a8_linear_heads` has those of
-`w4a8_linear` up to `Kp`, then `samples`, `heads`, `norm_q`, `norm_k` and their dtypes, `eps`, `rotary`, `first_token`,
-`out_tokens`, `out` and its dtype.
+Where CUDA kernels were built there is a submodule `cuda` with the same functions, `l1_change` excepted; instead of
+`threads` they take a `device` and the address of a `stream`, on which they launch without waiting, and raise
+RuntimeError for errors of the CUDA runtime. Its `isas(device)` names the kernel sets that run on a device. Two more of
+its functions return whether a kernel takes their arguments: `w4a8_quantize_norm` has those of `w4a8_quantize` without
+`shift`, and behind `Kp` the addresses `scale` and `shift` of [rows, K] tensors of the dtype of x, `rows` and `eps`;
+`w4a8_linear_heads` has those of `w4a8_linear` up to `Kp`, then `samples`, `heads`, `norm_q`, `norm_k` and their dtypes,
+`eps`, `rotary`, `first_token`, `out_tokens`, `out` and its dtype.
 """
 
 from types import ModuleType
@@ -99,6 +99,25 @@ def w4a16_linear(
     group_size: int,
     out: int,
     out_dtype: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def l1_change(
+    current: int,
+    current_sample_stride: int,
+    current_token_stride: int,
+    origin: int,
+    origin_sample_stride: int,
+    origin_token_stride: int,
+    previous: int,
+    previous_sample_stride: int,
+    previous_token_stride: int,
+    dtype: int,
+    B: int,
+    T: int,
+    C: int,
+    counted: int,
+    sums: int,
     threads: int,
     isa: str,
 ) -> None: ...

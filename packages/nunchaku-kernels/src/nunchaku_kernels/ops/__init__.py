@@ -3,7 +3,7 @@
 The schemas, with shapes and orders, are in `_library.py`. Each arithmetic is one file.
 """
 
-from nunchaku_kernels.ops import nvfp4, svdq_w4a16, w4a4, w4a8, w4a16
+from nunchaku_kernels.ops import nvfp4, relative_l1, svdq_w4a16, w4a4, w4a8, w4a16
 from nunchaku_kernels.ops._library import SCHEMAS
 from nunchaku_kernels.ops.arithmetic import ARITHMETICS, Arithmetic, check_arithmetic, default_arithmetic
 
@@ -14,6 +14,7 @@ __all__ = [
     "check_arithmetic",
     "default_arithmetic",
     "nvfp4",
+    "relative_l1",
     "svdq_w4a16",
     "w4a4",
     "w4a8",

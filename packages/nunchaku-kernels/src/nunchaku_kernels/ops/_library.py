@@ -57,6 +57,10 @@ SCHEMAS = {
     # AWQ order: x (M, K) T, qweight (N/4, K/2) int32 or (N/4, K) int16, wscales and wzeros (Gpad, N) natural, bias (N)
     # natural -> (M, N) dtype of x
     "w4a16_linear": "(Tensor x, Tensor qweight, Tensor wscales, Tensor wzeros, Tensor? bias, int group_size) -> Tensor",
+    # mean|previous - (current - origin)| / mean|previous| per sample, over all streams, which are (B, tokens, C) T
+    # natural; current - origin is rounded to T. tokens (B) int64: leading tokens of each sample that count
+    # -> (B) float32
+    "relative_l1": "(Tensor[] current, Tensor[] previous, Tensor[]? origin=None, Tensor? tokens=None) -> Tensor",
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")

@@ -1,0 +1,1 @@
+"""`nunchaku bench cache`: how near cached pictures are to uncached ones, at what speed, ours and others'."""

@@ -1,0 +1,187 @@
+"""What is measured: our policies and the rivals', each over the settings that matter for it."""
+
+import contextlib
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import nunchaku_cache
+from nunchaku_cache import DoubleFirstBlockCache, FirstBlockCache, ScheduledCache, Trace, find_schedule
+from nunchaku_cache.bench.measure import Bench, Enable
+
+THRESHOLDS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
+OURS = ("ours, first block", "ours, double first block", "ours, scheduled")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of one method."""
+
+    method: str
+    name: str
+    enable: Enable
+
+
+def our_settings(bench: Bench) -> list[Setting]:
+    """Policies of this package. Schedules are found on the calibration prompts."""
+
+    def apply(policy: Any) -> Enable:
+        def enable(pipe: Any) -> None:
+            nunchaku_cache.apply(pipe, policy)
+
+        return enable
+
+    found = []
+    for threshold, order in product(THRESHOLDS, (0, 1)):
+        policy = FirstBlockCache(threshold, accumulate=order > 0, order=order)
+        found.append(Setting(OURS[0], f"threshold {threshold:g}, order {order}", apply(policy)))
+    for threshold, order in product(THRESHOLDS[2:], (0, 1)):
+        double = DoubleFirstBlockCache(threshold, accumulate=order > 0, order=order)
+        found.append(Setting(OURS[1], f"threshold {threshold:g}, order {order}", apply(double)))
+    trace: Trace = bench.calibrate(lambda pipe: nunchaku_cache.apply(pipe, ScheduledCache()).record())
+    for computed in _computed_steps(bench.steps):
+        schedule = find_schedule(trace, computed)
+        found.append(Setting(OURS[2], f"{computed} of {bench.steps} steps", apply(ScheduledCache(schedule))))
+    return found
+
+
+def rival_settings(bench: Bench) -> list[Setting]:
+    """diffusers' caches, and the cache-dit package where it is installed."""
+    found = [*_first_block(), *_taylorseer(), *_magcache(bench)]
+    if importlib.util.find_spec("cache_dit") is not None:
+        found += _cache_dit(bench.steps)
+    return found
+
+
+def _computed_steps(steps: int) -> list[int]:
+    return sorted({round(steps / speed) for speed in SPEEDS}, reverse=True)
+
+
+def _diffusers(config: Any) -> Enable:
+    def enable(pipe: Any) -> None:
+        pipe.transformer.enable_cache(config)
+
+    return enable
+
+
+def _first_block() -> Iterator[Setting]:
+    from diffusers import FirstBlockCacheConfig
+
+    for threshold in THRESHOLDS:
+        config = FirstBlockCacheConfig(threshold=threshold)
+        yield Setting("diffusers, first block", f"threshold {threshold:g}", _diffusers(config))
+
+
+def _taylorseer() -> Iterator[Setting]:
+    from diffusers import TaylorSeerCacheConfig
+
+    for interval, order, before, lite in product((2, 3, 4, 5, 6), (1, 2), (2, 4), (False, True)):
+        config = TaylorSeerCacheConfig(
+            cache_interval=interval, max_order=order, disable_cache_before_step=before, use_lite_mode=lite
+        )
+        name = f"every {interval}, order {order}, from {before}{', lite' if lite else ''}"
+        yield Setting("diffusers, TaylorSeer", name, _diffusers(config))
+
+
+def _magcache(bench: Bench) -> Iterator[Setting]:
+    from diffusers import MagCacheConfig
+
+    ratios = bench.calibrate(lambda pipe: _mag_ratios(pipe, bench.steps))
+    for threshold, skips in product((0.03, 0.06, 0.12, 0.24, 0.5), (2, 3, 5)):
+        config = MagCacheConfig(
+            threshold=threshold,
+            max_skip_steps=skips,
+            retention_ratio=0.1,
+            num_inference_steps=bench.steps,
+            mag_ratios=list(ratios),
+        )
+        yield Setting("diffusers, MagCache", f"threshold {threshold:g}, at most {skips}", _diffusers(config))
+
+
+@contextlib.contextmanager
+def _mag_ratios(pipe: Any, steps: int) -> Iterator[list[float]]:
+    """Ratios of a call, which MagCache hands out through its log only; of the first pass of guidance it reports."""
+    from diffusers import MagCacheConfig
+    from diffusers.hooks import mag_cache
+
+    ratios: list[float] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            numbers = re.search(r"\[([-0-9.,e\s]+)\]", record.getMessage())
+            if numbers and not ratios:
+                ratios.extend(float(number) for number in numbers[1].split(","))
+
+    listener = Listener()
+    level = mag_cache.logger.level
+    mag_cache.logger.addHandler(listener)
+    mag_cache.logger.setLevel(logging.INFO)
+    pipe.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
+    try:
+        yield ratios
+    finally:
+        mag_cache.logger.setLevel(level)
+        mag_cache.logger.removeHandler(listener)
+        if not ratios:
+            raise RuntimeError("MagCache's calibration has reported no ratios")
+
+
+def _cache_dit(steps: int) -> Iterator[Setting]:
+    import cache_dit
+    from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
+
+    logging.getLogger("cache_dit").setLevel(logging.ERROR)
+
+    def enable_with(calibrator: Any, **options: Any) -> Enable:
+        def enable(pipe: Any) -> None:
+            config = DBCacheConfig(num_inference_steps=steps, **options)
+            cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator())
+
+        return enable
+
+    def calibrators() -> Iterator[tuple[str, Callable[[], Any]]]:
+        yield "no forecast", lambda: None
+        for order in (1, 2):
+            yield f"Taylor {order}", lambda order=order: TaylorSeerCalibratorConfig(taylorseer_order=order)
+
+    for (first, last), threshold, (forecast, calibrator) in product(
+        ((1, 0), (2, 0), (1, 1)), (0.06, 0.12, 0.2, 0.3, 0.5, 1.0), calibrators()
+    ):
+        for warmup, continuous in ((2, -1), (4, 3)):
+            yield Setting(
+                "cache-dit",
+                f"F{first}B{last}, threshold {threshold:g}, {forecast}, warm-up {warmup}, in a row {continuous}",
+                enable_with(
+                    calibrator,
+                    Fn_compute_blocks=first,
+                    Bn_compute_blocks=last,
+                    residual_diff_threshold=threshold,
+                    max_warmup_steps=warmup,
+                    max_continuous_cached_steps=continuous,
+                ),
+            )
+    masks = {f"every {every}": _every(steps, every) for every in (2, 3, 4, 5)}
+    for name in ("slow", "medium", "fast", "ultra"):
+        masks[name] = cache_dit.steps_mask(total_steps=steps, mask_policy=name)
+    for (name, mask), (forecast, calibrator) in product(masks.items(), calibrators()):
+        yield Setting(
+            "cache-dit",
+            f"F1B0, mask {name}, {forecast}",
+            enable_with(
+                calibrator,
+                Fn_compute_blocks=1,
+                Bn_compute_blocks=0,
+                steps_computation_mask=mask,
+                steps_computation_policy="static",
+            ),
+        )
+
+
+def _every(steps: int, every: int) -> list[int]:
+    """Compute the first three steps and then every n-th."""
+    return [int(step < 3 or (step - 3) % every == every - 1) for step in range(steps)]
