@@ -46,7 +46,8 @@ struct Kernels {
     void (*lowrank_tile)(const void* tile, DType dtype, float* dst, size_t ld);
 
     // Row scales [16] and multipliers [16, groups] of one strip of 16 channels (numerics/w4a8.h), whose codes and group
-    // scales begin at `qweight` and `wscales` in the published order. `scales` and `largest` are scratch for 16 * groups.
+    // scales begin at `qweight` and `wscales` in the published order. `scales` and `largest` are scratch for 16 *
+    // groups.
     void (*fold_strip)(const uint8_t* qweight, const void* wscales, DType dtype, size_t groups, float* scales,
                        uint8_t* largest, float* row_scales, int16_t* multipliers);
 
@@ -78,11 +79,16 @@ struct Kernels {
     // where decoding dominates; null where awq_decode and matmul are as good.
     void (*awq_product)(const AwqQuad& quad, const float* x, size_t tokens, float* y, size_t ldy);
 
-    // The pair awq_decode and matmul for bf16 scales and bf16 tokens, on a panel[input / 2][16 channels][2]; the
-    // decoder fills four channels. y[tokens, 16] is added to. Null where the processor has no bf16 products.
+    // The trio awq_decode, matmul and lowrank_tile for bf16 factors and bf16 tokens, on a panel[input / 2][16][2] for
+    // an even number of inputs; decoding AWQ fills four of the 16 channels, a low-rank tile [column / 2][row][column %
+    // 2]. y[tokens, 16] is added to. All null where the processor has no bf16 products.
     void (*awq_decode_bf16)(const AwqQuad& quad, uint16_t* panel);
     void (*matmul_bf16)(const uint16_t* x, size_t stride, size_t tokens, const uint16_t* panel, size_t inputs, float* y,
                         size_t ldy);
+    void (*lowrank_pairs)(const uint16_t* tile, uint16_t* panel);
+
+    // Whether two bf16 products take less time than one in fp32.
+    bool fast_bf16;
 };
 
 }  // namespace nk::cpu
