@@ -1,12 +1,11 @@
 """What the kernels read of an `SVDQLinear` that has adapters: its own low-rank branch, longer by their ranks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
-from nunchaku_kernels._checks import ceil_to
 from nunchaku_kernels.formats import (
     join_lowrank,
     pack_lowrank_down,
@@ -21,6 +20,7 @@ from nunchaku_kernels.nn.adapters import (
     PlacedTerm,
     check_terms,
     group_terms,
+    ingredients,
     needs_gradient,
     stacked_down,
     stacked_up,
@@ -46,7 +46,7 @@ class LowRank(NamedTuple):
 class _Factors(NamedTuple):
     proj_down: torch.Tensor
     proj_up: torch.Tensor
-    groups: tuple[tuple[int, int], ...]  # index of the first term, and the ranks
+    firsts: tuple[int, ...]  # of each group of terms that share ranks, the index of the first
 
 
 class _Vectors(NamedTuple):
@@ -60,16 +60,18 @@ class RankAxis:
 
     In a compiled graph, and where a gradient towards a factor is asked for, everything is made anew by differentiable
     operations.
+
+    Args:
+        factors: where joined factors are kept; those of sets of adapters that acted before too, as far as it keeps any.
     """
 
-    def __init__(self) -> None:
-        self._factors = DerivedTensors()
-        self._vectors = DerivedTensors()
+    def __init__(self, factors: DerivedTensors) -> None:
+        self._factors = factors
+        self._joined = DerivedTensors()
 
     def clear(self) -> None:
-        """Free what was made."""
-        self._factors.clear()
-        self._vectors.clear()
+        """Free what was made from `factors`, which may be cleared, too."""
+        self._joined.clear()
 
     def extend(
         self,
@@ -98,32 +100,46 @@ class RankAxis:
             groups = group_terms(placed, share=False)
             down, up = _join(in_features, out_features, stored, placed, groups)
             return LowRank(down, up, *_vectors(stored, placed, groups, down.shape[1], at_zero))
-        strengths = strengths_of(placed)
+        key, tensors = ingredients(placed)
+        # Where terms are nothing but factors and numbers, bias and wcscales stay the layer's own and need no look.
+        plain = len(tensors) == 2 * len(placed)
+        for own in stored[:3] if plain else stored:
+            if own is None:
+                key.append(len(tensors))
+            else:
+                tensors.append(own)
+
+        def make() -> LowRank:
+            factors = self._joined_factors(label, in_features, out_features, stored, placed)
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
+                groups = [Group(placed[i], []) for i in factors.firsts]
+                vectors = _vectors(stored, placed, groups, factors.proj_down.shape[1], at_zero)
+            return LowRank(factors.proj_down, factors.proj_up, *vectors)
+
+        joined: LowRank = self._joined.get(tensors, make, key)
+        return LowRank(*joined[:3], stored.bias, stored.wcscales) if plain else joined
+
+    def _joined_factors(
+        self, label: str, in_features: int, out_features: int, stored: LowRank, placed: Sequence[PlacedTerm]
+    ) -> _Factors:
         gains = tensors_of(placed, "gain")
         # With gains, the stored up factor is scaled by a strength too.
-        layout: Any = (tuple(item[1:] for item in placed), strength_pattern(placed), strengths if gains else None)
-
-        def make_factors() -> _Factors:
-            check_terms(label, placed)
-            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
-                groups = group_terms(placed, share=True)
-                down, up = _join(in_features, out_features, stored, placed, groups)
-            firsts = [next(i for i, item in enumerate(placed) if item is group.first) for group in groups]
-            return _Factors(down, up, tuple((i, placed[i].term.down.shape[0]) for i in firsts))
-
-        def make_vectors() -> _Vectors:
-            with torch.inference_mode(False), torch.no_grad():
-                groups = [Group(placed[i], []) for i, _ in factors.groups]
-                return _vectors(stored, placed, groups, factors.proj_down.shape[1], at_zero)
-
+        strengths = strengths_of(placed) if gains else None
+        layout = (tuple(item.place for item in placed), strength_pattern(placed), strengths)
         sources = (stored.proj_down, stored.proj_up, *tensors_of(placed, "down", "up"), *gains)
         if gains:
             sources += tensors_of(placed, "strength")
-        factors: _Factors = self._factors.get(sources, make_factors, layout)
-        own = tuple(tensor for tensor in stored[2:] if tensor is not None)
-        sources = (factors.proj_down, *own, *tensors_of(placed, "strength", "bias", "gain"))
-        vectors: _Vectors = self._vectors.get(sources, make_vectors, (layout, strengths, factors.groups))
-        return LowRank(factors.proj_down, factors.proj_up, *vectors)
+
+        def make() -> _Factors:
+            check_terms(label, placed)
+            with torch.inference_mode(False), torch.no_grad():
+                groups = group_terms(placed, share=True)
+                down, up = _join(in_features, out_features, stored, placed, groups)
+            firsts = (next(i for i, item in enumerate(placed) if item is group.first) for group in groups)
+            return _Factors(down, up, tuple(firsts))
+
+        factors: _Factors = self._factors.get(sources, make, layout)
+        return factors
 
 
 def _join(
@@ -133,9 +149,9 @@ def _join(
     device = stored.proj_down.device
     down = stacked_down(groups, stored.proj_down.dtype, device)
     up = stacked_up(groups, out_features, stored.proj_up.dtype, device)
-    more = ceil_to(down.shape[0], RANK_ALIGNMENT) - down.shape[0]
-    down = pack_lowrank_down(pad(down, (0, width - in_features, 0, more)))
-    up = pack_lowrank_up(pad(up, (0, more, 0, height - out_features)))
+    more, wider, higher = -down.shape[0] % RANK_ALIGNMENT, width - in_features, height - out_features
+    down = pack_lowrank_down(pad(down, (0, wider, 0, more)) if wider or more else down)
+    up = pack_lowrank_up(pad(up, (0, more, 0, higher)) if higher or more else up)
     own_up, factor = stored.proj_up, summed(placed, "gain", height, device)
     if factor is not None and own_up.shape[1]:
         scaled = unpack_lowrank_up(own_up).float() * (1 + factor).unsqueeze(1)

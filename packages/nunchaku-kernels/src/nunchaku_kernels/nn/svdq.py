@@ -99,7 +99,7 @@ class SVDQLinear(QuantizedLinear):
         self.wcscales = parameter((n,), dtype, device) if wcscales else None
         self.rank_scale: torch.Tensor | None
         self.register_buffer("rank_scale", None, persistent=False)
-        self._rank_axis = RankAxis()
+        self._rank_axis = RankAxis(self._factors)
 
     @classmethod
     def from_weights(
@@ -294,8 +294,10 @@ class SVDQLinear(QuantizedLinear):
 
     def _low_rank(self) -> LowRank:
         """The tail's tensors, those of adapters included."""
-        stored = LowRank(self.proj_down, self.proj_up, self.rank_scale, self.bias, self.wcscales)
-        placed = self._adapters.placed() if self._adapters else None
+        own: dict[str, Any] = self._parameters  # attributes of a module take ten times as long to find
+        rank_scale = self._buffers["rank_scale"]
+        stored = LowRank(own["proj_down"], own["proj_up"], rank_scale, own.get("bias"), own.get("wcscales"))
+        placed = self._adapters.placed()
         if not placed:
             return stored
         at_zero = self._shifted_zero if self.shift else None
