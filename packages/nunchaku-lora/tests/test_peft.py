@@ -409,6 +409,68 @@ def test_strengths_are_set_without_anything_else(make_pipe: Make, run: Run) -> N
     torch.testing.assert_close(run(model), plain)
 
 
+def test_strengths_of_adapters_that_do_not_act_are_kept_and_said(
+    make_model: Make, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    model.add_adapter(config(["to_q", "proj_out"]), "a")
+    model.add_adapter(config(["to_k"]), "b")
+
+    def said(strengths: dict[str, float]) -> list[str]:
+        caplog.clear()
+        nunchaku_lora.set_strength(model, strengths)
+        return [record.getMessage() for record in caplog.records if record.name == "nunchaku_lora.adapters"]
+
+    model.set_adapters("a")
+    assert not said({"a": 0.5})
+    expected = run(model)
+    assert said({"a": 0.5, "b": 2.0}) == [
+        "adapter 'b' is not active: its strength is kept, and acts when the adapter does"
+    ]
+    assert torch.equal(run(model), expected)
+    model.disable_lora()
+    assert "'a' is switched off" in said({"a": 2.0})[0]
+    model.enable_lora()
+    assert not torch.equal(run(model), expected)
+    said({"a": 0.5})
+    assert torch.equal(run(model), expected)
+    model.fuse_lora(adapter_names=["a"])
+    assert "'a' is fused" in said({"a": 2.0})[0]
+    torch.testing.assert_close(run(model), expected)
+    model.unfuse_lora()
+    assert not torch.allclose(run(model), expected)
+
+
+def test_switching_back_joins_nothing(make_pipe: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = make_pipe()
+    model, results = pipe.transformer, {}
+    nunchaku_lora.keep_joined(pipe, 100)
+    for name, rank in (("a", 4), ("b", 20)):
+        model.add_adapter(config(r=rank), name)
+        model.set_adapters(name)
+        results[name] = run(model)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("joined again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nunchaku_kernels.nn._rank_axis._join", fail)
+        patched.setattr("nunchaku_kernels.nn.w4a16.W4A16Linear._stacked", fail)
+        for name in ("a", "b", "b", "a"):
+            model.set_adapters(name)
+            assert torch.equal(run(model), results[name])
+        nunchaku_lora.keep_joined(model, 0)
+        model.set_adapters("b")
+        with pytest.raises(AssertionError, match="joined again"):
+            for name in ("b", "a"):
+                model.set_adapters(name)
+                run(model)
+    assert torch.equal(run(model), results["a"])
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`megabytes` must be a finite number and not negative"):
+            nunchaku_lora.keep_joined(pipe, wrong)
+
+
 def add_adapter(model: Any, rng: random.Random) -> None:
     targets = rng.sample(["to_q", "to_k", "to_v", "proj_out", "norm.linear"], rng.randint(1, 5))
     inject_adapter_in_model(config(targets, r=rng.randint(1, 20), alpha=3), model, f"n{rng.randrange(10**9)}")
