@@ -20,13 +20,14 @@ extern const Kernels amx_kernels;
 namespace {
 
 #ifdef NK_X86
-// Whether the processor has AMX tiles and the operating system lends them to this process. Linux does so on request;
-// threads that start later have them, too.
+// Whether the processor has AMX tiles and the operating system lends them to this process; Linux does so on request,
+// to all threads and for good.
 bool tiles_granted() {
 #if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                                syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
 #else
     return false;
 #endif

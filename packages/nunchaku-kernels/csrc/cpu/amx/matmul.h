@@ -5,8 +5,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
-
 #include "../../numerics/layout.h"
 #include "../generic/vec.h"
 #include "../kernels.h"

@@ -47,6 +47,7 @@ class _Factors(NamedTuple):
     proj_down: torch.Tensor
     proj_up: torch.Tensor
     firsts: tuple[int, ...]  # of each group of terms that share ranks, the index of the first
+    vectors: DerivedTensors  # the latest `_Vectors` that went with them
 
 
 class _Vectors(NamedTuple):
@@ -111,10 +112,13 @@ class RankAxis:
 
         def make() -> LowRank:
             factors = self._joined_factors(label, in_features, out_features, stored, placed)
-            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
-                groups = [Group(placed[i], []) for i in factors.firsts]
-                vectors = _vectors(stored, placed, groups, factors.proj_down.shape[1], at_zero)
-            return LowRank(factors.proj_down, factors.proj_up, *vectors)
+
+            def make_vectors() -> _Vectors:
+                with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
+                    groups = [Group(placed[i], []) for i in factors.firsts]
+                    return _vectors(stored, placed, groups, factors.proj_down.shape[1], at_zero)
+
+            return LowRank(factors.proj_down, factors.proj_up, *factors.vectors.get(tensors, make_vectors, key))
 
         joined: LowRank = self._joined.get(tensors, make, key)
         return LowRank(*joined[:3], stored.bias, stored.wcscales) if plain else joined
@@ -136,7 +140,7 @@ class RankAxis:
                 groups = group_terms(placed, share=True)
                 down, up = _join(in_features, out_features, stored, placed, groups)
             firsts = (next(i for i, item in enumerate(placed) if item is group.first) for group in groups)
-            return _Factors(down, up, tuple(firsts))
+            return _Factors(down, up, tuple(firsts), DerivedTensors())
 
         factors: _Factors = self._factors.get(sources, make, layout)
         return factors
