@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
+from nunchaku_kernels._checks import ceil_to
 from nunchaku_kernels.formats import (
     join_lowrank,
     pack_lowrank_down,
@@ -29,6 +29,7 @@ from nunchaku_kernels.nn.adapters import (
     strengths_of,
     summed,
     tensors_of,
+    total_rank,
 )
 
 
@@ -77,8 +78,6 @@ class RankAxis:
     def extend(
         self,
         label: str,
-        in_features: int,
-        out_features: int,
         stored: LowRank,
         placed: Sequence[PlacedTerm],
         at_zero: Callable[[], torch.Tensor] | None,
@@ -87,7 +86,6 @@ class RankAxis:
 
         Args:
             label: how error messages call the layer.
-            in_features, out_features: of the layer, before padding.
             stored: the layer's own.
             placed: at least one term.
             at_zero: gives what the main product is for x = 0, (N) in natural order, where that is not 0: a row's gain
@@ -99,7 +97,7 @@ class RankAxis:
         if torch.compiler.is_compiling() or needs_gradient(placed):
             check_terms(label, placed)
             groups = group_terms(placed, share=False)
-            down, up = _join(in_features, out_features, stored, placed, groups)
+            down, up = _join(stored, placed, groups)
             return LowRank(down, up, *_vectors(stored, placed, groups, down.shape[1], at_zero))
         key, tensors = ingredients(placed)
         # Where terms are nothing but factors and numbers, bias and wcscales stay the layer's own and need no look.
@@ -111,7 +109,7 @@ class RankAxis:
                 tensors.append(own)
 
         def make() -> LowRank:
-            factors = self._joined_factors(label, in_features, out_features, stored, placed)
+            factors = self._joined_factors(label, stored, placed)
 
             def make_vectors() -> _Vectors:
                 with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
@@ -123,9 +121,7 @@ class RankAxis:
         joined: LowRank = self._joined.get(tensors, make, key)
         return LowRank(*joined[:3], stored.bias, stored.wcscales) if plain else joined
 
-    def _joined_factors(
-        self, label: str, in_features: int, out_features: int, stored: LowRank, placed: Sequence[PlacedTerm]
-    ) -> _Factors:
+    def _joined_factors(self, label: str, stored: LowRank, placed: Sequence[PlacedTerm]) -> _Factors:
         gains = tensors_of(placed, "gain")
         # With gains, the stored up factor is scaled by a strength too.
         strengths = strengths_of(placed) if gains else None
@@ -138,7 +134,7 @@ class RankAxis:
             check_terms(label, placed)
             with torch.inference_mode(False), torch.no_grad():
                 groups = group_terms(placed, share=True)
-                down, up = _join(in_features, out_features, stored, placed, groups)
+                down, up = _join(stored, placed, groups)
             firsts = (next(i for i, item in enumerate(placed) if item is group.first) for group in groups)
             return _Factors(down, up, tuple(firsts), DerivedTensors())
 
@@ -146,17 +142,13 @@ class RankAxis:
         return factors
 
 
-def _join(
-    in_features: int, out_features: int, stored: LowRank, placed: Sequence[PlacedTerm], groups: Sequence[Group]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _join(stored: LowRank, placed: Sequence[PlacedTerm], groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The down and the up factor of the layer and of all groups, in the published order."""
     width, height = stored.proj_down.shape[0], stored.proj_up.shape[0]
-    device = stored.proj_down.device
-    down = stacked_down(groups, stored.proj_down.dtype, device)
-    up = stacked_up(groups, out_features, stored.proj_up.dtype, device)
-    more, wider, higher = -down.shape[0] % RANK_ALIGNMENT, width - in_features, height - out_features
-    down = pack_lowrank_down(pad(down, (0, wider, 0, more)) if wider or more else down)
-    up = pack_lowrank_up(pad(up, (0, more, 0, higher)) if higher or more else up)
-    own_up, factor = stored.proj_up, summed(placed, "gain", height, device)
+    ranks = ceil_to(total_rank(groups), RANK_ALIGNMENT)
+    down = pack_lowrank_down(stacked_down(groups, ranks, width, stored.proj_down))
+    up = pack_lowrank_up(stacked_up(groups, height, ranks, stored.proj_up))
+    own_up, factor = stored.proj_up, summed(placed, "gain", height, down.device)
     if factor is not None and own_up.shape[1]:
         scaled = unpack_lowrank_up(own_up).float() * (1 + factor).unsqueeze(1)
         own_up = pack_lowrank_up(scaled.to(own_up.dtype))

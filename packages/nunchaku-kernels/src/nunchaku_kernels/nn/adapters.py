@@ -207,20 +207,31 @@ def check_terms(label: str, placed: Sequence[PlacedTerm]) -> None:
                 raise ValueError(f"{label}: an adapter's `{name}` must be {(n,)}, got {tuple(vector.shape)}")
 
 
-def stacked_down(groups: Sequence[Group], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The down factors of all groups, (sum of ranks, in_features of the layer); differentiable."""
-    parts = [first.term.down[:, slice(*first.place.columns)].to(device, dtype) for first, _ in groups]
-    return torch.cat(parts)
+def total_rank(groups: Sequence[Group]) -> int:
+    """The ranks of all groups."""
+    return sum(first.term.down.shape[0] for first, _ in groups)
 
 
-def stacked_up(groups: Sequence[Group], out_features: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The up factors of all groups, (out_features of the layer, sum of ranks), 0 outside their rows; differentiable."""
-    parts = []
-    for _, members in groups:
-        spread = [placed_rows(item.term.up.to(device, dtype), item.place.rows, out_features) for item in members]
-        # members have disjoint rows, or are the same linear's: either way they add up
-        parts.append(sum(spread[1:], spread[0]))
-    return torch.cat(parts, dim=1)
+def stacked_down(groups: Sequence[Group], ranks: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """The down factors of all groups, (ranks, width) in the dtype and on the device of `like`, padded with zeros from
+    `total_rank` and the layer's inputs on; differentiable."""
+    result, rank = like.new_zeros(ranks, width), 0
+    for first, _ in groups:
+        down, (start, stop) = first.term.down, first.place.columns
+        result[rank : rank + down.shape[0], : stop - start] = down[:, start:stop].to(result)
+        rank += down.shape[0]
+    return result
+
+
+def stacked_up(groups: Sequence[Group], height: int, ranks: int, like: torch.Tensor) -> torch.Tensor:
+    """The up factors of all groups, (height, ranks) as above, 0 outside their rows; differentiable."""
+    result, rank = like.new_zeros(height, ranks), 0
+    for first, members in groups:
+        last = rank + first.term.down.shape[0]
+        for item in members:  # whose rows are disjoint
+            result[slice(*item.place.rows), rank:last] = item.term.up.to(result)
+        rank = last
+    return result
 
 
 def placed_rows(tensor: torch.Tensor, rows: tuple[int, int], total: int) -> torch.Tensor:

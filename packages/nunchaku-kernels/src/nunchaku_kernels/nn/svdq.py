@@ -301,7 +301,7 @@ class SVDQLinear(QuantizedLinear):
         if not placed:
             return stored
         at_zero = self._shifted_zero if self.shift else None
-        return self._rank_axis.extend(self.label(), self.in_features, self.out_features, stored, placed, at_zero)
+        return self._rank_axis.extend(self.label(), stored, placed, at_zero)
 
     def _shifted_zero(self) -> torch.Tensor:
         """The main product for x = 0: the dequantised weight times the shift, (N) float32 in natural order."""

@@ -29,6 +29,7 @@ from nunchaku_kernels.nn.adapters import (
     strength_vector,
     summed,
     tensors_of,
+    total_rank,
 )
 from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
 from nunchaku_kernels.ops.w4a16 import GROUP_SIZES
@@ -166,8 +167,11 @@ class W4A16Linear(QuantizedLinear):
         return branch
 
     def _stacked(self, groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype, device = self.compute_dtype, self.qweight.device
-        return stacked_down(groups, dtype, device), stacked_up(groups, self.out_features, dtype, device)
+        ranks, like = total_rank(groups), self.wscales
+        return (
+            stacked_down(groups, ranks, self.in_features, like),
+            stacked_up(groups, self.out_features, ranks, like),
+        )
 
     def _with_strengths(
         self, placed: Sequence[PlacedTerm], groups: Sequence[Group], down: torch.Tensor, up: torch.Tensor
