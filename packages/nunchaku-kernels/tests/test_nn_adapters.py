@@ -469,3 +469,20 @@ def test_joined_factors_go_with_their_adapter(random_weights: RandomWeights) -> 
             del first
             gc.collect()
             assert len(layer._factors._entries) == 1
+
+
+def test_gains_follow_the_base_weight_behind_a_shift(random_weights: RandomWeights) -> None:
+    """A row's gain must not scale W times the shift, for whatever W is now."""
+    layer, x = svdq(random_weights(128, 128), shift=GELU_SHIFT), randn(3, 128)
+    item = adapter(128, 128, 4, gain=randn(128, seed=3))
+    with torch.no_grad():
+        layer.attach(item)
+        for tensor in (layer.wscales, layer.smooth_factor, layer.qweight, layer.bias):
+            layer(x)
+            tensor.copy_(tensor.flip(0))
+            layer(x)
+            bare = copy.deepcopy(layer)
+            bare.detach_all()
+            weight, bias = affine(bare, 128)
+            expected = weight + delta(item) + item.gain.double().unsqueeze(1) * weight
+            assert relative(layer(x), x.double() @ expected.t() + bias) < 1e-5

@@ -44,6 +44,13 @@ class LowRank(NamedTuple):
     wcscales: torch.Tensor | None
 
 
+class AtZero(NamedTuple):
+    """What a layer's main product is for x = 0, where that is not 0."""
+
+    product: Callable[[], torch.Tensor]  # gives it, (N) in natural order
+    sources: tuple[torch.Tensor, ...]  # what it is made from
+
+
 class _Factors(NamedTuple):
     proj_down: torch.Tensor
     proj_up: torch.Tensor
@@ -80,7 +87,7 @@ class RankAxis:
         label: str,
         stored: LowRank,
         placed: Sequence[PlacedTerm],
-        at_zero: Callable[[], torch.Tensor] | None,
+        at_zero: AtZero | None,
     ) -> LowRank:
         """`stored` with the terms of adapters.
 
@@ -88,8 +95,7 @@ class RankAxis:
             label: how error messages call the layer.
             stored: the layer's own.
             placed: at least one term.
-            at_zero: gives what the main product is for x = 0, (N) in natural order, where that is not 0: a row's gain
-                must scale W x and leave W times the layer's shift.
+            at_zero: for a layer with a shift: a row's gain must scale W x and leave W times the shift.
 
         Raises:
             ValueError: a term's shapes are not those of its place.
@@ -107,6 +113,8 @@ class RankAxis:
                 key.append(len(tensors))
             else:
                 tensors.append(own)
+        if at_zero is not None and not plain:
+            tensors += at_zero.sources
 
         def make() -> LowRank:
             factors = self._joined_factors(label, stored, placed)
@@ -160,7 +168,7 @@ def _vectors(
     placed: Sequence[PlacedTerm],
     groups: Sequence[Group],
     rank: int,
-    at_zero: Callable[[], torch.Tensor] | None,
+    at_zero: AtZero | None,
 ) -> _Vectors:
     own, device, height = stored.proj_down.shape[1], stored.proj_down.device, stored.proj_up.shape[0]
     scale = stored.rank_scale
@@ -170,7 +178,7 @@ def _vectors(
     bias, more = stored.bias, summed(placed, "bias", height, device)
     wcscales, gain = stored.wcscales, summed(placed, "gain", height, device)
     if gain is not None and at_zero is not None:
-        surplus = gain * at_zero()
+        surplus = gain * at_zero.product()
         more = -surplus if more is None else more - surplus
     if more is not None:
         more = pack_vector(more)

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from nunchaku_kernels._checks import ceil_to
 from nunchaku_kernels.formats import SVDQWeights, pack_svdq, unpack_lowrank_down, unpack_lowrank_up, unpack_vector
 from nunchaku_kernels.nn._gradient import straight_through
-from nunchaku_kernels.nn._rank_axis import LowRank, RankAxis
+from nunchaku_kernels.nn._rank_axis import AtZero, LowRank, RankAxis
 from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
 from nunchaku_kernels.ops import svdq_w4a16
 from nunchaku_kernels.ops._checks import ACTIVATIONS
@@ -300,7 +300,8 @@ class SVDQLinear(QuantizedLinear):
         placed = self._adapters.placed()
         if not placed:
             return stored
-        at_zero = self._shifted_zero if self.shift else None
+        main = own["qweight"], own["wscales"], own["smooth_factor"]
+        at_zero = AtZero(self._shifted_zero, main) if self.shift else None
         return self._rank_axis.extend(self.label(), stored, placed, at_zero)
 
     def _shifted_zero(self) -> torch.Tensor:
