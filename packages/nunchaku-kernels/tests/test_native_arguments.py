@@ -93,7 +93,7 @@ def test_refuses_gates_that_do_not_divide_the_tokens() -> None:
 def test_isa_error_lists_what_is_possible() -> None:
     assert _C.isas()[0] == "portable"
     with pytest.raises(ValueError, match=", ".join(_C.isas())):
-        _C.w4a8_accumulate(**(ACCUMULATE | {"isa": "amx"}))
+        _C.w4a8_accumulate(**(ACCUMULATE | {"isa": "mmx"}))
 
 
 @pytest.mark.parametrize("function", [f for f in CALLS if "M" in CALLS[f]], ids=lambda function: function.__name__)

@@ -250,7 +250,7 @@ def test_sums_at_the_extremes_over_several_panels(isa: str, tokens: int, inputs:
 @isas
 @given(
     seed=seeds,
-    tokens=st.sampled_from([1, 4, 6, 18]),
+    tokens=st.sampled_from([1, 4, 6, 18, 67, 100]),
     out_features=st.integers(1, 256),
     rank=st.sampled_from([0, 16, 48]),
     options=st.fixed_dictionaries(
@@ -309,6 +309,29 @@ def test_linear(
     )  # fmt: skip
     # Terms that cancel leave the rounding of the largest one behind.
     torch.testing.assert_close(out.float(), expected, rtol=ROUNDING[out_dtype], atol=2e-4)
+
+
+@isas
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_passes_non_finite_hidden_states_on(isa: str, dtype: torch.dtype) -> None:
+    """Infinite hidden states give what fp32 arithmetic makes of them, and spoil no other token."""
+    qweight = pack_qweight(torch.zeros(128, 64, dtype=torch.int8))
+    row_scales, multipliers = w4a8.fold_scales(torch.zeros(128, 64, dtype=torch.int8), torch.ones(128, 1))
+    t8, ascales = torch.zeros(5, 64, dtype=torch.int8), torch.ones(5)
+    infinity = float("inf")
+    hidden = torch.ones(5, 16)
+    hidden[1, 3], hidden[2, 4], hidden[3, 5] = infinity, -infinity, float("nan")
+    hidden[4, 6:8] = torch.tensor([infinity, -infinity])
+    up = torch.ones(128, 16, dtype=dtype)
+    proj_up, out = pack_lowrank_up(up), torch.empty(5, 128, dtype=dtype)
+    _C.w4a8_linear(
+        address(t8), address(ascales), address(hidden), 16, address(qweight), address(row_scales), address(multipliers),
+        address(proj_up), code(proj_up), 0, 0, 0, 0, 0, 5, 128, 64, 128, 0, 0, 0, 0, 0, 0, address(out), code(out), 1,
+        isa,
+    )  # fmt: skip
+    top = 65504.0 if dtype == torch.float16 else infinity
+    expected = torch.tensor([16.0, top, -top, float("nan"), float("nan")])
+    torch.testing.assert_close(out.float(), expected[:, None].expand(5, 128), rtol=0, atol=0, equal_nan=True)
 
 
 @isas

@@ -31,6 +31,7 @@ from nunchaku_kernels.nn import (
     SVDQLinear,
     is_fused,
 )
+from nunchaku_kernels.nn.adapters import AdapterSet
 from nunchaku_kernels.quantize.modulation import quantize_modulation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,7 +100,7 @@ def test_a_layer_with_adapters_is_its_weight_plus_theirs(random_weights: RandomW
         layer.attach(item, rows)
     expected = weight.clone()
     for attachment in layer._adapters._attachments:
-        item, rows = attachment.adapter(), attachment.rows
+        item, rows = attachment.adapter(), attachment.place.rows
         expected[slice(*rows)] += delta(item)
         if item.gain is not None:
             expected[slice(*rows)] += item.strength * item.gain.double().unsqueeze(1) * weight[slice(*rows)]
@@ -416,3 +417,72 @@ def test_a_strength_that_is_no_number_spoils_the_result_and_nothing_else(random_
         assert layer(x).isnan().all()
         item.strength = 0.0
         assert torch.equal(layer(x), before)
+
+
+def test_sets_of_adapters_stay_joined_as_far_as_there_is_room(random_weights: RandomWeights) -> None:
+    for layer in layers(random_weights):
+        n, x = layer.out_features, randn(3, 128)
+        sets = [adapter(n, 128, rank, seed=rank) for rank in (16, 4, 32)]
+
+        def use(item: LowRankAdapter) -> int:
+            """Where the factors are that the layer reads, with `item` alone on it."""
+            layer._adapters = AdapterSet()  # noqa: B023
+            layer.attach(item)  # noqa: B023
+            layer(x)  # noqa: B023
+            value = layer._factors._entries[0].value  # noqa: B023
+            return next(part.data_ptr() for part in value if isinstance(part, torch.Tensor))
+
+        with torch.no_grad():
+            layer.keep_joined(10**6)
+            places = [use(item) for item in sets]
+            results = [layer(x) for _ in map(use, sets)]
+            assert [use(item) for item in sets] == places
+            assert len(layer._factors._entries) == 3
+            sets[1].up.mul_(2)  # what was joined before is of no use any more, and goes
+            use(sets[1])
+            assert len(layer._factors._entries) == 3
+            sets[1].up.div_(2)
+            layer.keep_joined(0)
+            for item, expected in zip(sets, results, strict=True):
+                use(item)
+                assert torch.equal(layer(x), expected)
+                assert len(layer._factors._entries) == 1
+            layer.keep_joined(layer._factors._entries[0].nbytes)
+            use(sets[0])
+            assert len(layer._factors._entries) == 2
+            layer.detach_all()
+            assert not layer._factors._entries
+        with pytest.raises(ValueError, match="`spare_bytes` must be a non-negative integer, got -1"):
+            layer.keep_joined(-1)
+
+
+def test_joined_factors_go_with_their_adapter(random_weights: RandomWeights) -> None:
+    for layer in layers(random_weights):
+        first, second = (adapter(layer.out_features, 128, 16, seed=seed) for seed in (1, 2))
+        layer.keep_joined(10**6)
+        with torch.no_grad():
+            for item in (first, second):
+                layer._adapters = AdapterSet()
+                layer.attach(item)
+                layer(randn(1, 128))
+            assert len(layer._factors._entries) == 2
+            del first
+            gc.collect()
+            assert len(layer._factors._entries) == 1
+
+
+def test_gains_follow_the_base_weight_behind_a_shift(random_weights: RandomWeights) -> None:
+    """A row's gain must not scale W times the shift, for whatever W is now."""
+    layer, x = svdq(random_weights(128, 128), shift=GELU_SHIFT), randn(3, 128)
+    item = adapter(128, 128, 4, gain=randn(128, seed=3))
+    with torch.no_grad():
+        layer.attach(item)
+        for tensor in (layer.wscales, layer.smooth_factor, layer.qweight, layer.bias):
+            layer(x)
+            tensor.copy_(tensor.flip(0))
+            layer(x)
+            bare = copy.deepcopy(layer)
+            bare.detach_all()
+            weight, bias = affine(bare, 128)
+            expected = weight + delta(item) + item.gain.double().unsqueeze(1) * weight
+            assert relative(layer(x), x.double() @ expected.t() + bias) < 1e-5

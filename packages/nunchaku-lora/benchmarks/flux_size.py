@@ -1,15 +1,18 @@
 """What adapters cost at the sizes of FLUX.1-dev: random 4-bit weights, a random LoRA over all linears.
 
-uv run python packages/nunchaku-lora/benchmarks/flux_size.py --steps 0 -o benchmarks/lora_flux_size.json
+OMP_NUM_THREADS=1 uv run python packages/nunchaku-lora/benchmarks/flux_size.py --steps 0 --cpu-time
+    -o benchmarks/lora_flux_size.json
 
-Needs nunchaku-models (for the model's layout) and 10 GB of memory. Times are in seconds, medians. With `--steps N`,
-steps are timed too.
+Needs nunchaku-models (for the model's layout) and 16 GB of memory. Times are in seconds, medians. With `--steps N`,
+steps are timed too. `--cpu-time` leaves out the time that other processes take from this one. "as on a GPU" leaves out
+the bytes of each tensor that are compared on CPUs only.
 """
 
 import argparse
 import json
 import statistics
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from torch import nn
 
 import nunchaku_lora
-from nunchaku_kernels.nn import GELU_SHIFT, ModulationLinear, QuantizedLinear, SVDQLinear
+from nunchaku_kernels.nn import GELU_SHIFT, ModulationLinear, QuantizedLinear, SVDQLinear, W4A16Linear, _derived
 from nunchaku_lora.loading import linears_of
 from nunchaku_models.families import FLUX, Modulation
 from nunchaku_models.layers import empty_model, install, origins, plan_layers
@@ -95,21 +98,56 @@ def shared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return down
 
 
-def combine(layers: list[SVDQLinear]) -> None:
+def combine(layers: list[QuantizedLinear]) -> None:
     """What every 4-bit layer does about adapters on every call."""
     with torch.no_grad():
         for layer in layers:
-            layer._low_rank()
+            if isinstance(layer, SVDQLinear):
+                layer._low_rank()
+            elif isinstance(layer, W4A16Linear):
+                layer._branch(layer._adapters.placed())
 
 
-def timed(function: Callable[[], Any], repeat: int = 1) -> float:
-    """The median time of a call."""
-    times = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+class Stopwatch:
+    """Times functions by a clock."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+
+    def __call__(self, function: Callable[[], Any], repeat: int = 1) -> float:
+        """The median time of a call."""
+        times = []
+        for _ in range(repeat):
+            started = self.clock()
+            function()
+            times.append(self.clock() - started)
+        return statistics.median(times)
+
+
+def overhead(
+    timed: Stopwatch, pipe: Any, layers: list[QuantizedLinear], other: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """What steps with adapter "a", and with another one in turn, do before they compute anything."""
+    # the first step with an adapter, and every later one
+    row = {"joining": timed(lambda: combine(layers)), "looking up": timed(lambda: combine(layers), 15)}
+    pipe.load_lora_weights(other, adapter_name="b")
+    nunchaku_lora.keep_joined(pipe, 6000)
+    for name in ("b", "a"):
+        pipe.set_adapters(name)
+        combine(layers)
+
+    def switch(name: str) -> None:
+        pipe.set_adapters(name)
+        combine(layers)
+
+    row["switching to an adapter that is joined"] = timed(lambda: [switch("b"), switch("a")], 5) / 2
+    pipe.delete_adapters("b")
+    with unittest.mock.patch.object(_derived, "_sampled", lambda tensor: []):
+        for layer in layers:
+            layer.forget()
+        combine(layers)
+        row["looking up, as on a GPU"] = timed(lambda: combine(layers), 15)
+    return row
 
 
 def main() -> None:
@@ -120,7 +158,9 @@ def main() -> None:
     parser.add_argument("--image-tokens", type=int, default=1024)
     parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
+    timed = Stopwatch(time.process_time if args.cpu_time else time.perf_counter)
     nunchaku_lora.enable()
     model = random_flux(args.layers, args.singles)
     pipe = FluxPipeline(
@@ -146,24 +186,26 @@ def main() -> None:
         with torch.no_grad():
             model(**inputs)
 
-    found: dict[str, Any] = {"threads": torch.get_num_threads(), "blocks": [args.layers, args.singles]}
+    found: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "clock": timed.clock.__name__,
+        "blocks": [args.layers, args.singles],
+    }
     if args.steps:
         step()
         found |= {"tokens": [args.image_tokens, args.text_tokens], "step": timed(step, args.steps)}
-    layers = [module for module in model.modules() if isinstance(module, SVDQLinear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     for rank in (16, 128):
         for kind in ("own", "shared"):
-            tensors = random_lora(model, rank, rank)
-            tensors = tensors if kind == "own" else shared(tensors)
-            row = {"load": timed(lambda: pipe.load_lora_weights(tensors, adapter_name="a"))}  # noqa: B023
+            tensors = [random_lora(model, rank, rank + i) for i in range(2)]
+            tensors = tensors if kind == "own" else [shared(item) for item in tensors]
+            row = {"load": timed(lambda: pipe.load_lora_weights(tensors[0], adapter_name="a"))}  # noqa: B023
             if args.steps:
                 first = timed(step)
                 row["step"] = timed(step, args.steps)
                 row["first step, extra"] = first - row["step"]
             else:
-                # what the first step with these adapters does before it computes anything
-                row["combining"] = timed(lambda: combine(layers))
-                row["looking up"] = timed(lambda: combine(layers), 5)
+                row |= overhead(timed, pipe, layers, tensors[1])
             row["set_strength"] = timed(lambda: nunchaku_lora.set_strength(pipe, {"a": 0.7}), 20)
             row["set_adapters"] = timed(lambda: pipe.set_adapters(["a"], [0.7]), 5)
             found[f"rank {rank}, down factors of q, k, v: {kind}"] = row

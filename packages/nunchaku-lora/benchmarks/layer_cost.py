@@ -1,18 +1,22 @@
 """What the ranks of an adapter cost in one 4-bit layer of FLUX.1's sizes: whole layers on random contents.
 
-uv run python packages/nunchaku-lora/benchmarks/layer_cost.py -o benchmarks/lora_layer_cost.json
+uv run python packages/nunchaku-lora/benchmarks/layer_cost.py --isa avx512bf16 amx -o benchmarks/lora_layer_cost.json
 
-Layers with and without adapters take turns, the fastest of all turns counts. Times are in milliseconds.
+Layers with and without adapters, and instruction sets, take turns, the fastest of all turns counts. Times are in
+milliseconds.
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nunchaku_kernels.nn import LowRankAdapter, SVDQLinear
+from nunchaku_kernels.ops._native import ISA_VARIABLE
 
 SHAPES = ((3072, 3072, 1), (3072, 9216, 3), (3072, 12288, 1), (12288, 3072, 1))
 """in_features, out_features, and how many linears are fused."""
@@ -49,23 +53,28 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--tokens", type=int, default=640)
     parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--isa", nargs="+", default=[""], help="instruction sets, as in NUNCHAKU_CPU_ISA")
     args = parser.parse_args()
-    found: dict[str, object] = {"threads": torch.get_num_threads(), "tokens": args.tokens}
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "tokens": args.tokens}
     with torch.no_grad():
         for in_features, out_features, fused in SHAPES:
             x = torch.randn(args.tokens, in_features).bfloat16()
             layers = variants(in_features, out_features, fused)
-            best = dict.fromkeys(layers, float("inf"))
+            best = {(isa, name): float("inf") for isa in args.isa for name in layers}
             for turn in range(args.turns + 1):
-                for name, layer in layers.items():
+                for isa, name in best:
+                    os.environ[ISA_VARIABLE] = isa
                     started = time.perf_counter()
-                    layer(x)
+                    layers[name](x)
                     if turn:
-                        best[name] = min(best[name], 1e3 * (time.perf_counter() - started))
-            found[f"{in_features} -> {out_features}" + (f", {fused} fused" if fused > 1 else "")] = {
-                name: {"ms": round(value, 2), "more": f"{value / best['none'] - 1:+.1%}"}
-                for name, value in best.items()
-            }
+                        best[isa, name] = min(best[isa, name], 1e3 * (time.perf_counter() - started))
+            shape = f"{in_features} -> {out_features}" + (f", {fused} fused" if fused > 1 else "")
+            for isa, name in best:
+                value, more = best[isa, name], f"{best[isa, name] / best[isa, 'none'] - 1:+.1%}"
+                found.setdefault(isa or "best instruction set", {}).setdefault(shape, {})[name] = {
+                    "ms": round(value, 2),
+                    "more": more,
+                }
     print(json.dumps(found, indent=2))
     if args.output:
         args.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -406,3 +407,211 @@ def test_strengths_are_set_without_anything_else(make_pipe: Make, run: Run) -> N
     model.add_adapter(config(), "a")  # the same name, other layers
     nunchaku_lora.set_strength(model, {"a": 0.0})
     torch.testing.assert_close(run(model), plain)
+
+
+def test_strengths_of_adapters_that_do_not_act_are_kept_and_said(
+    make_model: Make, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    model.add_adapter(config(["to_q", "proj_out"]), "a")
+    model.add_adapter(config(["to_k"]), "b")
+
+    def said(strengths: dict[str, float]) -> list[str]:
+        caplog.clear()
+        nunchaku_lora.set_strength(model, strengths)
+        return [record.getMessage() for record in caplog.records if record.name == "nunchaku_lora.adapters"]
+
+    model.set_adapters("a")
+    assert not said({"a": 0.5})
+    expected = run(model)
+    assert said({"a": 0.5, "b": 2.0}) == [
+        "adapter 'b' is not active: its strength is kept, and acts when the adapter does"
+    ]
+    assert torch.equal(run(model), expected)
+    model.disable_lora()
+    assert "'a' is switched off" in said({"a": 2.0})[0]
+    model.enable_lora()
+    assert not torch.equal(run(model), expected)
+    said({"a": 0.5})
+    assert torch.equal(run(model), expected)
+    model.fuse_lora(adapter_names=["a"])
+    assert "'a' is fused" in said({"a": 2.0})[0]
+    torch.testing.assert_close(run(model), expected)
+    model.unfuse_lora()
+    assert not torch.allclose(run(model), expected)
+
+
+def test_switching_back_joins_nothing(make_pipe: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = make_pipe()
+    model, results = pipe.transformer, {}
+    nunchaku_lora.keep_joined(pipe, 100)
+    for name, rank in (("a", 4), ("b", 20)):
+        model.add_adapter(config(r=rank), name)
+        model.set_adapters(name)
+        results[name] = run(model)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("joined again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nunchaku_kernels.nn._rank_axis._join", fail)
+        patched.setattr("nunchaku_kernels.nn.w4a16.W4A16Linear._stacked", fail)
+        for name in ("a", "b", "b", "a"):
+            model.set_adapters(name)
+            assert torch.equal(run(model), results[name])
+        nunchaku_lora.keep_joined(model, 0)
+        model.set_adapters("b")
+        with pytest.raises(AssertionError, match="joined again"):
+            for name in ("b", "a"):
+                model.set_adapters(name)
+                run(model)
+    assert torch.equal(run(model), results["a"])
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`megabytes` must be a finite number and not negative"):
+            nunchaku_lora.keep_joined(pipe, wrong)
+
+
+def add_adapter(model: Any, rng: random.Random) -> None:
+    targets = rng.sample(["to_q", "to_k", "to_v", "proj_out", "norm.linear"], rng.randint(1, 5))
+    inject_adapter_in_model(config(targets, r=rng.randint(1, 20), alpha=3), model, f"n{rng.randrange(10**9)}")
+
+
+def delete_adapter(model: Any, rng: random.Random) -> None:
+    layer, name = chosen(model, rng)
+    if len(layer.lora_A) > 1:
+        with warnings.catch_warnings(action="ignore"):
+            layer.delete_adapter(name)
+
+
+def chosen(model: Any, rng: random.Random) -> tuple[Any, str]:
+    layer = rng.choice(list(lora_layers(model).values()))
+    return layer, rng.choice(list(layer.lora_A))
+
+
+def factor(model: Any, rng: random.Random) -> Any:
+    layer, name = chosen(model, rng)
+    return rng.choice([layer.lora_A, layer.lora_B])[name]
+
+
+def train(model: Any, rng: random.Random) -> None:
+    layer, _ = chosen(model, rng)
+    with torch.enable_grad():
+        parameters = [each.requires_grad_() for held in (layer.lora_A, layer.lora_B) for each in held.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        loss = layer(torch.randn(2, layer.in_features, dtype=parameters[0].dtype)).float().square().mean()
+        if loss.requires_grad:  # not so while adapters are off or fused
+            loss.backward()
+            optimizer.step()
+
+
+def activate(model: Any, rng: random.Random) -> None:
+    for layer in lora_layers(model).values():
+        layer.set_adapter(rng.sample(list(layer.lora_A), rng.randint(1, len(layer.lora_A))))
+
+
+def rescale(model: Any, rng: random.Random) -> None:
+    layer, name = chosen(model, rng)
+    value = rng.choice([-1.0, 0, 0.5, 2])
+    rng.choice(
+        [
+            lambda: layer.set_scale(name, value),
+            lambda: layer.scale_layer(value),
+            lambda: layer.unscale_layer(),
+            lambda: layer.scaling.__setitem__(name, value),
+            lambda: layer.scaling.__setitem__(name, torch.tensor(float(value))),
+            lambda: nunchaku_lora.set_strength(model, {name: value}),
+        ]
+    )()
+
+
+def write(model: Any, rng: random.Random) -> None:
+    weight = factor(model, rng).weight
+    fresh = torch.randn_like(weight)
+    rng.choice(
+        [lambda: weight.copy_(fresh), lambda: weight.data.copy_(fresh), lambda: setattr(weight, "data", fresh)]
+    )()
+
+
+def hotswap(model: Any, rng: random.Random) -> None:
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    for layer in lora_layers(model).values():
+        layer.unmerge()  # PEFT refuses to swap what is fused
+    _, name = chosen(model, rng)
+    state = {
+        f"{path}.{side}.{name}.weight": torch.randn_like(getattr(layer, side)[name].weight)
+        for path, layer in lora_layers(model).items()
+        if name in layer.lora_A
+        for side in ("lora_A", "lora_B")
+    }
+    hotswap_adapter_from_state_dict(model, state, name, config(r=3))
+
+
+def fuse(model: Any, rng: random.Random) -> None:
+    layer, _ = chosen(model, rng)
+    if layer.merged:
+        layer.unmerge()
+    else:
+        layer.merge()
+
+
+def offload(model: Any, rng: random.Random) -> None:
+    """What offloaders do: other storages behind the same parameters, and the old ones back."""
+    for parameter in list(model.parameters()):
+        before = parameter.data
+        parameter.data = before.clone()
+        if rng.random() < 0.5:
+            parameter.data = before
+
+
+def base(model: Any, rng: random.Random) -> None:
+    owner = rng.choice([module for module in model.modules() if isinstance(module, QuantizedLinear)])
+    rng.choice([parameter for parameter in owner.parameters() if parameter.is_floating_point()]).mul_(1.25)
+
+
+def set_gain(model: Any, rng: random.Random) -> None:
+    layer, name = chosen(model, rng)
+    layer.set_gain(name, rng.choice([None, torch.randn(layer.out_features) / 4]))
+
+
+MUTATIONS: dict[str, Callable[[Any, random.Random], Any]] = {
+    "add": add_adapter,
+    "delete": delete_adapter,
+    "train": train,
+    "activate": activate,
+    "disable": lambda model, _: [layer.enable_adapters(False) for layer in lora_layers(model).values()],
+    "enable": lambda model, _: [layer.enable_adapters(True) for layer in lora_layers(model).values()],
+    "rescale": rescale,
+    "write": write,
+    "replace": lambda model, rng: (lambda m: setattr(m, "weight", nn.Parameter(m.weight * 2)))(factor(model, rng)),
+    "hotswap": hotswap,
+    "fuse": fuse,
+    "offload": offload,
+    "base": base,
+    "gain": set_gain,
+    "dtype": lambda model, rng: model.to(rng.choice([torch.float32, torch.bfloat16])),
+    "evaluate": lambda model, rng: model.train(rng.random() < 0.5),
+}
+
+
+@given(steps=st.lists(st.sampled_from(sorted(MUTATIONS)), min_size=1, max_size=12), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nothing_is_stale_after_any_sequence_of_changes(make_model: Make, steps: list[str], seed: int) -> None:
+    """Layers keep what they joined; a copy keeps nothing and makes all of it anew."""
+    model, rng = make_model().single_transformer_blocks, random.Random(seed)
+    torch.manual_seed(seed)
+    add_adapter(model, rng)
+    block, x = model[0], torch.randn(2, 640)
+
+    def results(block: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        given = x.to(dtype)
+        parts = [block.attn.to_qkv, block.attn.to_k, block.norm.linear]
+        return [part(given[:, :128]) for part in parts] + [block.proj_out(given)]
+
+    for step in ["evaluate", *steps]:
+        with torch.no_grad():
+            MUTATIONS[step](model, rng)
+            dtype = block.attn.to_qkv.compute_dtype
+            kept, anew = results(block, dtype), results(copy.deepcopy(block), dtype)
+        for mine, other in zip(kept, anew, strict=True):
+            assert torch.equal(mine, other), step

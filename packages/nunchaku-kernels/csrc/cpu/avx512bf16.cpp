@@ -1,8 +1,10 @@
-// The AVX-512 BF16 table: as for AVX-512 VNNI, with bf16 products for AWQ weights.
+// The AVX-512 BF16 table: as for AVX-512 VNNI, with bf16 products for AWQ weights and low-rank factors.
 #include "avx2/awq.h"
 #include "avx2/decode_panel.h"
+#include "avx2/lowrank_pairs.h"
 #include "avx2/lowrank_tile.h"
 #include "avx512bf16/awq.h"
+#include "avx512bf16/matmul.h"
 #include "avx512vnni/accumulate_panel.h"
 #include "avx512vnni/awq_lookup.h"
 #include "generic/epilogue.h"
@@ -17,7 +19,7 @@ extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
     "avx512bf16",   to_float_array,  from_float_array, matmul,         lowrank_tile, fold_strip,
     quantize_token, decode_panel,    accumulate_panel, dequantize_row, finish_row,   awq_decode,
-    awq_product,    awq_decode_bf16, matmul_bf16,      l1_change,
+    awq_product,    awq_decode_bf16, matmul_bf16,      lowrank_pairs,  false,        l1_change,
 };
 
 }  // namespace nk::cpu

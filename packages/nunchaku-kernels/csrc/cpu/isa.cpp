@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 
 namespace nk::cpu {
@@ -9,9 +14,25 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512vnni_kernels;
 extern const Kernels avx512bf16_kernels;
+extern const Kernels amx_kernels;
 #endif
 
 namespace {
+
+#ifdef NK_X86
+// Whether the processor has AMX tiles and the operating system lends them to this process; Linux does so on request,
+// to all threads and for good.
+bool tiles_granted() {
+#if defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                                syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> tables{&portable_kernels};
@@ -22,7 +43,9 @@ std::vector<const Kernels*> usable_kernels() {
     if (avx2) tables.push_back(&avx2_kernels);
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     if (vnni) tables.push_back(&avx512vnni_kernels);
-    if (vnni && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16_kernels);
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+    if (bf16) tables.push_back(&avx512bf16_kernels);
+    if (bf16 && tiles_granted()) tables.push_back(&amx_kernels);
 #endif
     return tables;
 }

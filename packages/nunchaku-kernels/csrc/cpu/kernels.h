@@ -79,11 +79,16 @@ struct Kernels {
     // where decoding dominates; null where awq_decode and matmul are as good.
     void (*awq_product)(const AwqQuad& quad, const float* x, size_t tokens, float* y, size_t ldy);
 
-    // The pair awq_decode and matmul for bf16 scales and bf16 tokens, on a panel[input / 2][16 channels][2]; the
-    // decoder fills four channels. y[tokens, 16] is added to. Null where the processor has no bf16 products.
+    // The trio awq_decode, matmul and lowrank_tile for bf16 factors and bf16 tokens, on a panel[input / 2][16][2] for
+    // an even number of inputs; decoding AWQ fills four of the 16 channels, a low-rank tile [column / 2][row][column %
+    // 2]. y[tokens, 16] is added to. All null where the processor has no bf16 products.
     void (*awq_decode_bf16)(const AwqQuad& quad, uint16_t* panel);
     void (*matmul_bf16)(const uint16_t* x, size_t stride, size_t tokens, const uint16_t* panel, size_t inputs, float* y,
                         size_t ldy);
+    void (*lowrank_pairs)(const uint16_t* tile, uint16_t* panel);
+
+    // Whether two bf16 products take less time than one in fp32.
+    bool fast_bf16;
 
     // sums[0] = sum |previous - (current - origin)|, sums[1] = sum |previous|; the difference current - origin is
     // rounded to `dtype`, a null origin is 0.

@@ -1,5 +1,6 @@
 // The W4A8 product: weights are decoded to int8 panels that stay in cache while all tokens of a block pass over them.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -86,15 +87,56 @@ const float* natural_vector(FloatTensor vector, size_t begin, size_t channels, f
     return dst;
 }
 
+// lora_act * rank_scale of all tokens, as the product with the up factor takes it. Where factor and output are bf16 and
+// the processor multiplies those fast, as a sum of two bf16 numbers, which has 16 of the 24 bits of fp32: more than the
+// output can show. Else in fp32.
+class Hidden {
+public:
+    Hidden(const Kernels& kernels, const LinearArguments& a)
+        : rank_(a.proj_up.data ? a.rank : 0), given_(static_cast<const float*>(a.lora_act)) {
+        pairs_ = rank_ && kernels.fast_bf16 && static_cast<DType>(a.proj_up.dtype) == DType::bf16 &&
+                 static_cast<DType>(a.out_dtype) == DType::bf16;
+        if (!rank_ || (!pairs_ && !a.rank_scale)) return;
+        const size_t tokens = a.product.tokens;
+        for (Buffer<uint16_t>& part : parts_) part = make_buffer<uint16_t>(pairs_ ? tokens * rank_ : 0);
+        fp32_ = make_buffer<float>(pairs_ ? rank_ : tokens * rank_);
+        const Buffer<float> rounded = make_buffer<float>(rank_);
+        for (size_t m = 0; m < tokens; ++m) {
+            const float* row = given_ + m * rank_;
+            float* scaled = &fp32_[pairs_ ? 0 : m * rank_];
+            for (size_t r = 0; r < rank_; ++r) scaled[r] = a.rank_scale ? row[r] * a.rank_scale[r] : row[r];
+            if (!pairs_) continue;
+            uint16_t *high = &parts_[0][m * rank_], *low = &parts_[1][m * rank_];
+            kernels.from_float(scaled, DType::bf16, rank_, high);
+            kernels.to_float(high, DType::bf16, rank_, rounded.get());
+            for (size_t r = 0; r < rank_; ++r) scaled[r] = std::isfinite(rounded[r]) ? scaled[r] - rounded[r] : 0.0f;
+            kernels.from_float(scaled, DType::bf16, rank_, low);
+        }
+    }
+
+    size_t rank() const { return rank_; }
+    bool pairs() const { return pairs_; }
+    const uint16_t* bf16(size_t part, size_t m) const { return &parts_[part][m * rank_]; }
+    const float* fp32(size_t m) const { return (fp32_ ? fp32_.get() : given_) + m * rank_; }
+
+private:
+    size_t rank_;
+    const float* given_;
+    bool pairs_;
+    Buffer<uint16_t> parts_[2];
+    Buffer<float> fp32_;
+};
+
 // The fp32 tail of one thread.
 class Tail {
 public:
-    Tail(const Kernels& kernels, const LinearArguments& arguments, const Partition& cut)
+    Tail(const Kernels& kernels, const LinearArguments& arguments, const Hidden& hidden, const Partition& cut)
         : kernels_(kernels),
           a_(arguments),
-          rank_(arguments.proj_up.data ? arguments.rank : 0),
-          up_(make_buffer<float>(rank_ * cut.channel_block)),
-          scaled_(make_buffer<float>(rank_ * kRows)) {}
+          hidden_(hidden),
+          rank_(hidden.rank()),
+          up_(make_buffer<float>(hidden.pairs() ? 0 : rank_ * cut.channel_block)),
+          bf16_up_(make_buffer<uint16_t>(hidden.pairs() ? rank_ * cut.channel_block : 0)) {}
 
     void operator()(size_t m0, size_t tokens, size_t n0, size_t channels, const int32_t* sums) {
         const size_t out_features = a_.out_features;
@@ -105,7 +147,10 @@ public:
         const float* biases = natural_vector(a_.bias, n0, channels, bias);
         if (rank_) {
             find_used_ranks(n0, channels);
-            unpack_lowrank(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, up_.get());
+            if (hidden_.pairs())
+                unpack_lowrank_pairs(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, bf16_up_.get());
+            else
+                unpack_lowrank(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, up_.get());
         }
         for (size_t m = 0; m < tokens; m += kRows)
             rows(m0 + m, std::min(kRows, tokens - m), n0, channels, kept, sums + m * channels, column_scales, biases);
@@ -116,7 +161,7 @@ private:
         size_t begin, end;
     };
 
-    static constexpr size_t kRows = 24;  // tokens that share one pass over the low-rank factor
+    static constexpr size_t kRows = 48;  // tokens that share one pass over the low-rank factor
 
     void rows(size_t m0, size_t tokens, size_t n0, size_t channels, size_t kept, const int32_t* sums,
               const float* wcscales, const float* bias) {
@@ -124,13 +169,16 @@ private:
         for (size_t i = 0; i < tokens; ++i)
             kernels_.dequantize_row(sums + i * channels, a_.ascales[m0 + i], a_.row_scales + n0, wcscales, bias,
                                     channels, y + i * channels);
-        if (!used_.empty()) {
-            const float* activations = ranked(m0, tokens);
-            for (size_t c = 0; c < channels; c += 16)
-                for (const Range& ranks : used_)
-                    kernels_.matmul(activations + ranks.begin, rank_, tokens, &up_[c * rank_ + ranks.begin * 16], 16,
-                                    ranks.end - ranks.begin, 16, true, y + c, channels);
-        }
+        for (size_t c = 0; c < channels; c += 16)
+            for (const Range& ranks : used_) {
+                const size_t strip = c * rank_ + ranks.begin * 16, inner = ranks.end - ranks.begin;
+                for (size_t part = 0; part < 2 && hidden_.pairs(); ++part)
+                    kernels_.matmul_bf16(hidden_.bf16(part, m0) + ranks.begin, rank_, tokens, &bf16_up_[strip], inner,
+                                         y + c, channels);
+                if (!hidden_.pairs())
+                    kernels_.matmul(hidden_.fp32(m0) + ranks.begin, rank_, tokens, &up_[strip], 16, inner, 16, true,
+                                    y + c, channels);
+            }
         const size_t out_features = a_.out_features;
         const size_t tokens_per_gate = a_.gate.data ? a_.product.tokens / a_.gate_rows : 1;
         const DType out_dtype = static_cast<DType>(a_.out_dtype);
@@ -161,19 +209,12 @@ private:
         }
     }
 
-    // lora_act * rank_scale of the given tokens.
-    const float* ranked(size_t m0, size_t tokens) {
-        const float* activations = static_cast<const float*>(a_.lora_act) + m0 * rank_;
-        if (!a_.rank_scale) return activations;
-        for (size_t m = 0; m < tokens; ++m)
-            for (size_t r = 0; r < rank_; ++r) scaled_[m * rank_ + r] = activations[m * rank_ + r] * a_.rank_scale[r];
-        return scaled_.get();
-    }
-
     const Kernels& kernels_;
     const LinearArguments& a_;
+    const Hidden& hidden_;
     size_t rank_;
-    Buffer<float> up_, scaled_;
+    Buffer<float> up_;
+    Buffer<uint16_t> bf16_up_;
     std::vector<Range> used_;
 };
 
@@ -197,8 +238,9 @@ void w4a8_linear(const LinearArguments& arguments, int64_t threads, const std::s
     const Kernels& kernels = select_kernels(isa);
     validate(arguments);
     require(threads > 0, "threads", "at least 1", threads);
+    const Hidden hidden(kernels, arguments);
     for_each_block(kernels, arguments.product, threads,
-                   [&](const Partition& cut) { return Tail(kernels, arguments, cut); });
+                   [&](const Partition& cut) { return Tail(kernels, arguments, hidden, cut); });
 }
 
 }  // namespace nk::cpu

@@ -38,7 +38,7 @@ public:
         if (!rank_) return;
         if (pairs_) {
             bf16_ = make_buffer<uint16_t>(strip_ * rank_ / 16);
-            unpack_pairs(static_cast<const uint16_t*>(a.proj_down.data));
+            unpack_lowrank_pairs(kernels, a.proj_down, rank_, 0, channels_, LowrankSide::down, bf16_.get());
         } else {
             fp32_ = make_buffer<float>(strip_ * rank_ / 16);
             unpack_lowrank(kernels, a.proj_down, rank_, 0, channels_, LowrankSide::down, fp32_.get());
@@ -68,19 +68,6 @@ public:
     }
 
 private:
-    void unpack_pairs(const uint16_t* factor) {
-        size_t from[8][16];  // published position of the pair (channels 2 i and 2 i + 1 of a tile, rank r)
-        for (size_t i = 0; i < 8; ++i)
-            for (size_t r = 0; r < 16; ++r) from[i][r] = lowrank_tile_position(r, 2 * i);
-        for (size_t c = 0; c < channels_; c += 16)
-            for (size_t r = 0; r < rank_; r += 16) {
-                const uint16_t* tile = factor + (c / 16 * (rank_ / 16) + r / 16) * 256;
-                uint16_t* panel = bf16_.get() + r / 16 * strip_ + c * 16;
-                for (size_t i = 0; i < 8; ++i)
-                    for (size_t j = 0; j < 16; ++j) std::copy_n(tile + from[i][j], 2, panel + (i * 16 + j) * 2);
-            }
-    }
-
     const Kernels& kernels_;
     size_t rank_, channels_, strip_;
     bool pairs_;

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nunchaku_lora.adapters import reset, set_strength
+    from nunchaku_lora.adapters import keep_joined, reset, set_strength
     from nunchaku_lora.loading import LoadReport, load_lora_weights, report
     from nunchaku_lora.registration import disable, enable, is_enabled
 
@@ -21,6 +21,7 @@ _LAZY = {
     "disable": "nunchaku_lora.registration",
     "enable": "nunchaku_lora.registration",
     "is_enabled": "nunchaku_lora.registration",
+    "keep_joined": "nunchaku_lora.adapters",
     "load_lora_weights": "nunchaku_lora.loading",
     "report": "nunchaku_lora.loading",
     "reset": "nunchaku_lora.adapters",
@@ -31,6 +32,7 @@ __all__ = [
     "disable",
     "enable",
     "is_enabled",
+    "keep_joined",
     "load_lora_weights",
     "report",
     "reset",

@@ -1,5 +1,6 @@
 """Calls on a model that has adapters, beyond those of PEFT and diffusers."""
 
+import logging
 import math
 import weakref
 from collections.abc import Mapping
@@ -12,12 +13,17 @@ from torch import nn
 from nunchaku_kernels.nn import QuantizedLinear
 from nunchaku_lora.peft_layer import QuantizedLoraLinear
 
+logger = logging.getLogger(__name__)
+
 
 def set_strength(target: Any, strengths: Mapping[str, float]) -> None:
     """Change how strongly loaded adapters act; which of them are active stays as it is.
 
     Made for sliders: nothing is combined or packed again, the kernels get other factors per rank. A strength that is a
     tensor already (after `enable_lora_hotswap`) is written in place, so that compiled models do not recompile.
+
+    The strength of an adapter that is fused, switched off or not active is kept for when it acts again; until then it
+    is not heard of, and the log says so.
 
     Args:
         target: a diffusers pipeline or model.
@@ -34,6 +40,7 @@ def set_strength(target: Any, strengths: Mapping[str, float]) -> None:
             raise ValueError(f"there is no adapter {name!r}; loaded: {', '.join(known) or 'none'}")
         if not math.isfinite(strength):
             raise ValueError(f"the strength of {name!r} must be a finite number, got {strength}")
+    silent = dict.fromkeys(strengths, "not active")
     for model in models:
         for layer in _lora_layers(model):
             scaling = layer.scaling
@@ -46,6 +53,39 @@ def set_strength(target: Any, strengths: Mapping[str, float]) -> None:
                     scaling[name].fill_(value)
                 else:
                     scaling[name] = value
+                if name in silent:
+                    if name in layer.merged_adapters:
+                        silent[name] = "fused"
+                    elif layer.disable_adapters:
+                        silent[name] = "switched off"
+                    elif name in layer.active_adapters:
+                        del silent[name]
+    for name, state in silent.items():
+        logger.warning("adapter %r is %s: its strength is kept, and acts when the adapter does", name, state)
+
+
+def keep_joined(target: Any, megabytes: float) -> None:
+    """Set how much memory may be spent on adapters that were active before and may be again.
+
+    A 4-bit layer joins the factors of its active adapters to its own; where there is room, what it joined for other
+    sets of adapters stays, the sets used last first, and switching back to one of those joins nothing.
+
+    Args:
+        target: a diffusers pipeline or model.
+        megabytes: for all 4-bit layers, in 10^6 bytes on the layers' device, shared out in proportion to their weights;
+            default: a quarter of the 4-bit weights. 0 keeps nothing but what acts.
+
+    Raises:
+        ValueError: a negative number, or not a finite one.
+    """
+    if not math.isfinite(megabytes) or megabytes < 0:
+        raise ValueError(f"`megabytes` must be a finite number and not negative, got {megabytes}")
+    modules = (module for model in _models_of(target) for module in model.modules())
+    sizes = {
+        module: module.in_features * module.out_features for module in modules if isinstance(module, QuantizedLinear)
+    }
+    for layer, size in sizes.items():
+        layer.keep_joined(int(megabytes * 1e6 * size / sum(sizes.values())))
 
 
 def reset(target: Any) -> None:

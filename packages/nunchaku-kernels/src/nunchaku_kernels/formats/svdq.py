@@ -181,12 +181,19 @@ def unpack_lowrank_up(proj_up: torch.Tensor) -> torch.Tensor:
 def _permuted(factor: torch.Tensor, pairs: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
     """The pairs of neighbours of a matrix, seen in the shape `pairs`, in another order of axes; a pair stays together.
 
-    Pairs of 16-bit elements move as one word, twice as fast; a gradient needs the elements.
+    Pairs of 16-bit elements move as one word, and in one pass for each value of the last two axes, which are halves:
+    two to four times as fast as in one go, since torch's innermost loops would be of two steps. A gradient needs the
+    elements.
     """
     plain = not torch.compiler.is_compiling() and not factor.requires_grad and factor.element_size() == 2
-    if plain and factor.numel() and factor.is_contiguous() and factor.storage_offset() % 2 == 0:
-        return factor.view(torch.int32).view(pairs).permute(order).contiguous().view(factor.dtype)
-    return factor.reshape(*pairs, 2).permute(*order, len(order))
+    if not (plain and factor.numel() and factor.is_contiguous() and factor.storage_offset() % 2 == 0):
+        return factor.reshape(*pairs, 2).permute(*order, len(order))
+    words = factor.view(torch.int32).view(pairs).permute(order)
+    result = torch.empty(words.shape, dtype=words.dtype, device=words.device)
+    for i in range(words.shape[-2]):
+        for j in range(words.shape[-1]):
+            result[..., i, j].copy_(words[..., i, j])
+    return result.view(factor.dtype)
 
 
 def join_lowrank(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

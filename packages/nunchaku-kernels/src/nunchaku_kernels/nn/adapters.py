@@ -57,27 +57,30 @@ class LowRankAdapter:
         return (AdapterTerm(self.down, self.up, self.strength, self.bias, self.gain),)
 
 
-class PlacedTerm(NamedTuple):
-    """A term with the place it has in a layer.
+class Place(NamedTuple):
+    """The place of a linear in the layer that computes it.
 
     Attributes:
-        term: in the coordinates of the original linear.
         rows: the layer's output rows that are the linear's.
         columns: the linear's input columns that the layer holds.
         last: whether the columns are the linear's last, where a linear that is split by columns has its bias.
     """
 
-    term: AdapterTerm
     rows: tuple[int, int]
     columns: tuple[int, int]
     last: bool
+
+
+class PlacedTerm(NamedTuple):
+    """A term, in the coordinates of the original linear, with the place that this has in a layer."""
+
+    term: AdapterTerm
+    place: Place
 
 
 class _Attachment(NamedTuple):
     adapter: Callable[[], Adapter | None]
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-    last: bool
+    place: Place
     kept: bool
 
 
@@ -98,13 +101,13 @@ class AdapterSet:
 
         Args:
             adapter: what is asked for terms.
-            rows, columns, last: see `PlacedTerm`.
+            rows, columns, last: see `Place`.
             keep: hold a reference; else the adapter acts only for as long as somebody else holds it.
         """
         live = [found for found in self._attachments if found.adapter() is not None]
-        if not any(found.adapter() is adapter and found.rows == rows for found in live):
+        if not any(found.adapter() is adapter and found.place.rows == rows for found in live):
             reference = _Kept(adapter) if keep else weakref.ref(adapter)
-            live.append(_Attachment(reference, rows, columns, last, keep))
+            live.append(_Attachment(reference, Place(rows, columns, last), keep))
         self._attachments = tuple(live)
 
     def detach(self, adapter: Adapter) -> None:
@@ -114,19 +117,19 @@ class AdapterSet:
     def placed(self) -> list[PlacedTerm]:
         """The terms that act now."""
         found = []
-        for attachment in self._attachments:
-            adapter = attachment.adapter()
+        for reference, place, _ in self._attachments:
+            adapter = reference()
             if adapter is not None:
-                place = attachment[1:4]
-                found += [PlacedTerm(term, *place) for term in adapter.terms()]
+                for term in adapter.terms():
+                    found.append(PlacedTerm(term, place))
         return found
 
     def __bool__(self) -> bool:
         return bool(self._attachments)
 
-    def _live(self) -> list[tuple[Adapter, tuple[int, int], tuple[int, int], bool, bool]]:
-        pairs = [(attachment.adapter(), attachment) for attachment in self._attachments]
-        return [(adapter, *found[1:]) for adapter, found in pairs if adapter is not None]
+    def _live(self) -> list[tuple[Adapter, Place, bool]]:
+        triples = [(reference(), place, keep) for reference, place, keep in self._attachments]
+        return [(adapter, place, keep) for adapter, place, keep in triples if adapter is not None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         result = type(self)()
@@ -137,9 +140,9 @@ class AdapterSet:
     def __reduce__(self) -> Any:
         return type(self), (), self._live()
 
-    def __setstate__(self, live: list[tuple[Adapter, tuple[int, int], tuple[int, int], bool, bool]]) -> None:
-        for adapter, rows, columns, last, keep in live:
-            self.attach(adapter, rows, columns, last=last, keep=keep)
+    def __setstate__(self, live: list[tuple[Adapter, Place, bool]]) -> None:
+        for adapter, place, keep in live:
+            self.attach(adapter, place.rows, place.columns, last=place.last, keep=keep)
 
 
 class _Kept:
@@ -192,7 +195,7 @@ def needs_gradient(placed: Sequence[PlacedTerm]) -> bool:
 
 def check_terms(label: str, placed: Sequence[PlacedTerm]) -> None:
     """Raise ValueError, naming the layer, unless every term has the shapes of its place."""
-    for term, rows, columns, last in placed:
+    for term, (rows, columns, last) in placed:
         n, (rank, width) = rows[1] - rows[0], term.down.shape if term.down.dim() == 2 else (0, 0)
         if rank < 1 or width < columns[1] or (last and width != columns[1]):
             expected = f"(rank, {'' if last else 'at least '}{columns[1]})"
@@ -204,25 +207,38 @@ def check_terms(label: str, placed: Sequence[PlacedTerm]) -> None:
                 raise ValueError(f"{label}: an adapter's `{name}` must be {(n,)}, got {tuple(vector.shape)}")
 
 
-def stacked_down(groups: Sequence[Group], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The down factors of all groups, (sum of ranks, in_features of the layer); differentiable."""
-    parts = [first.term.down[:, slice(*first.columns)].to(device, dtype) for first, _ in groups]
-    return torch.cat(parts)
+def total_rank(groups: Sequence[Group]) -> int:
+    """The ranks of all groups."""
+    return sum(first.term.down.shape[0] for first, _ in groups)
 
 
-def stacked_up(groups: Sequence[Group], out_features: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The up factors of all groups, (out_features of the layer, sum of ranks), 0 outside their rows; differentiable."""
-    parts = []
-    for _, members in groups:
-        spread = [placed_rows(item.term.up.to(device, dtype), item.rows, out_features) for item in members]
-        # members have disjoint rows, or are the same linear's: either way they add up
-        parts.append(sum(spread[1:], spread[0]))
-    return torch.cat(parts, dim=1)
+def stacked_down(groups: Sequence[Group], ranks: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """The down factors of all groups, (ranks, width) in the dtype and on the device of `like`, padded with zeros from
+    `total_rank` and the layer's inputs on; differentiable."""
+    result, rank = like.new_zeros(ranks, width), 0
+    for first, _ in groups:
+        down, (start, stop) = first.term.down, first.place.columns
+        result[rank : rank + down.shape[0], : stop - start] = down[:, start:stop].to(result)
+        rank += down.shape[0]
+    return result
+
+
+def stacked_up(groups: Sequence[Group], height: int, ranks: int, like: torch.Tensor) -> torch.Tensor:
+    """The up factors of all groups, (height, ranks) as above, 0 outside their rows; differentiable."""
+    result, rank = like.new_zeros(height, ranks), 0
+    for first, members in groups:
+        last = rank + first.term.down.shape[0]
+        for item in members:  # whose rows are disjoint
+            result[slice(*item.place.rows), rank:last] = item.term.up.to(result)
+        rank = last
+    return result
 
 
 def placed_rows(tensor: torch.Tensor, rows: tuple[int, int], total: int) -> torch.Tensor:
     """`tensor`, whose first dimension are `rows`, padded with zeros to `total` of them."""
     before, after = rows[0], total - rows[1]
+    if before == after == 0:
+        return tensor
     return pad(tensor, (*(0, 0) * (tensor.dim() - 1), before, after))
 
 
@@ -231,9 +247,9 @@ def summed(placed: Sequence[PlacedTerm], field: str, total: int, device: torch.d
     result = None
     for item in placed:
         vector = getattr(item.term, field)
-        if vector is None or (not item.last and field == "bias"):
+        if vector is None or (not item.place.last and field == "bias"):
             continue
-        spread = placed_rows(vector.to(device, torch.float32), item.rows, total) * item.term.strength
+        spread = placed_rows(vector.to(device, torch.float32), item.place.rows, total) * item.term.strength
         result = spread if result is None else result + spread
     return result
 
@@ -251,6 +267,26 @@ def strength_vector(groups: Sequence[Group], ranks: int, device: torch.device) -
     return pad(torch.cat(parts), (0, ranks - used))
 
 
+def ingredients(placed: Sequence[PlacedTerm]) -> tuple[list[Any], list[torch.Tensor]]:
+    """All that terms consist of: numbers and places, to be compared with `==`, and tensors, as many where the former
+    are equal. Runs on every call of a layer."""
+    key: list[Any] = []
+    tensors: list[torch.Tensor] = []
+    for (down, up, strength, bias, gain), place in placed:
+        tensors += (down, up)
+        number: float | None = None
+        if type(strength) is float or not isinstance(strength, torch.Tensor):
+            number = strength
+        else:
+            tensors.append(strength)
+        if bias is not None:
+            tensors.append(bias)
+        if gain is not None:
+            tensors.append(gain)
+        key += (place, number, bias is None, gain is None)
+    return key, tensors
+
+
 def tensors_of(placed: Sequence[PlacedTerm], *fields: str) -> tuple[torch.Tensor, ...]:
     """Those of the terms' `fields` that are tensors."""
     values = (getattr(item.term, field) for item in placed for field in fields)
@@ -265,9 +301,10 @@ def strengths_of(placed: Sequence[PlacedTerm]) -> tuple[float | None, ...]:
 def _may_share(group: Group, item: PlacedTerm) -> bool:
     """Whether the members are at disjoint rows and the factors equal: an adapter twice on one linear stays two."""
     first = group.first
-    if first.columns != item.columns or not _same(first.term.strength, item.term.strength):
+    if first.place.columns != item.place.columns or not _same(first.term.strength, item.term.strength):
         return False
-    if any(item.rows[0] < other.rows[1] and other.rows[0] < item.rows[1] for other in group.members):
+    (start, stop), taken = item.place.rows, [other.place.rows for other in group.members]
+    if any(start < other_stop and other_start < stop for other_start, other_stop in taken):
         return False
     mine, other = first.term.down, item.term.down
     if mine is other:

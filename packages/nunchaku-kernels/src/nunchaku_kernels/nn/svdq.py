@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from nunchaku_kernels._checks import ceil_to
 from nunchaku_kernels.formats import SVDQWeights, pack_svdq, unpack_lowrank_down, unpack_lowrank_up, unpack_vector
 from nunchaku_kernels.nn._gradient import straight_through
-from nunchaku_kernels.nn._rank_axis import LowRank, RankAxis
+from nunchaku_kernels.nn._rank_axis import AtZero, LowRank, RankAxis
 from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
 from nunchaku_kernels.ops import svdq_w4a16
 from nunchaku_kernels.ops._checks import ACTIVATIONS
@@ -99,7 +99,7 @@ class SVDQLinear(QuantizedLinear):
         self.wcscales = parameter((n,), dtype, device) if wcscales else None
         self.rank_scale: torch.Tensor | None
         self.register_buffer("rank_scale", None, persistent=False)
-        self._rank_axis = RankAxis()
+        self._rank_axis = RankAxis(self._factors)
 
     @classmethod
     def from_weights(
@@ -294,12 +294,15 @@ class SVDQLinear(QuantizedLinear):
 
     def _low_rank(self) -> LowRank:
         """The tail's tensors, those of adapters included."""
-        stored = LowRank(self.proj_down, self.proj_up, self.rank_scale, self.bias, self.wcscales)
-        placed = self._adapters.placed() if self._adapters else None
+        own: dict[str, Any] = self._parameters  # attributes of a module take ten times as long to find
+        rank_scale = self._buffers["rank_scale"]
+        stored = LowRank(own["proj_down"], own["proj_up"], rank_scale, own.get("bias"), own.get("wcscales"))
+        placed = self._adapters.placed()
         if not placed:
             return stored
-        at_zero = self._shifted_zero if self.shift else None
-        return self._rank_axis.extend(self.label(), self.in_features, self.out_features, stored, placed, at_zero)
+        main = own["qweight"], own["wscales"], own["smooth_factor"]
+        at_zero = AtZero(self._shifted_zero, main) if self.shift else None
+        return self._rank_axis.extend(self.label(), stored, placed, at_zero)
 
     def _shifted_zero(self) -> torch.Tensor:
         """The main product for x = 0: the dequantised weight times the shift, (N) float32 in natural order."""

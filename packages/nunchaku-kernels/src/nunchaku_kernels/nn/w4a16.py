@@ -1,6 +1,7 @@
 """Weight-only 4-bit layers: `W4A16Linear` (text encoders) and `ModulationLinear` (adaptive layer norms)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -20,6 +21,7 @@ from nunchaku_kernels.nn.adapters import (
     PlacedTerm,
     check_terms,
     group_terms,
+    ingredients,
     needs_gradient,
     stacked_down,
     stacked_up,
@@ -27,10 +29,21 @@ from nunchaku_kernels.nn.adapters import (
     strength_vector,
     summed,
     tensors_of,
+    total_rank,
 )
 from nunchaku_kernels.nn.base import Origin, QuantizedLinear, parameter, require_dtype
 from nunchaku_kernels.ops.w4a16 import GROUP_SIZES
 from nunchaku_kernels.reference import w4a16 as reference
+
+
+class _Branch(NamedTuple):
+    """What adapters add: `scale * up (down x)` with R ranks, `bias`, and `gain` times W x."""
+
+    down: torch.Tensor  # (R, in_features)
+    up: torch.Tensor  # (out_features, R)
+    scale: torch.Tensor  # (R) float32
+    bias: torch.Tensor | None  # (out_features) float32
+    gain: torch.Tensor | None  # (out_features) float32
 
 
 class W4A16Linear(QuantizedLinear):
@@ -76,7 +89,7 @@ class W4A16Linear(QuantizedLinear):
         self.wscales = parameter((groups, out_features), dtype, device)
         self.wzeros = parameter((groups, out_features), dtype, device)
         self.bias = parameter((out_features,), dtype, device) if bias else None
-        self._factors = DerivedTensors()
+        self._branches = DerivedTensors()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -118,41 +131,54 @@ class W4A16Linear(QuantizedLinear):
             x: (M, in_features).
             y: W x + `own_bias`.
         """
-        placed = self._adapters.placed() if self._adapters else None
+        placed = self._adapters.placed()
         if not placed:
             return y
-        down, up, scale = self._branch(placed)
-        hidden = linear(x, down.to(x.dtype)).float() * scale
-        branch = linear(hidden.to(x.dtype), up.to(x.dtype)).float()
-        bias, gain = (summed(placed, field, self.out_features, x.device) for field in ("bias", "gain"))
-        if bias is not None:
-            branch = branch + bias
-        if gain is not None:
-            branch = branch + gain * (y.float() if own_bias is None else y.float() - own_bias.float())
-        return (y.float() + branch).to(y.dtype)
+        branch = self._branch(placed)
+        hidden = linear(x, branch.down.to(x.dtype)).float() * branch.scale
+        added = linear(hidden.to(x.dtype), branch.up.to(x.dtype)).float()
+        if branch.bias is not None:
+            added = added + branch.bias
+        if branch.gain is not None:
+            added = added + branch.gain * (y.float() if own_bias is None else y.float() - own_bias.float())
+        return (y.float() + added).to(y.dtype)
 
-    def _branch(self, placed: Sequence[PlacedTerm]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Down factors (R, in_features), up factors (out_features, R) and float32 strengths (R) of all terms."""
-        device = self.qweight.device
-
-        def make(share: bool) -> tuple[list[Group], torch.Tensor, torch.Tensor]:
-            check_terms(self.label(), placed)
-            groups = group_terms(placed, share)
-            down = stacked_down(groups, self.compute_dtype, device)
-            return groups, down, stacked_up(groups, self.out_features, self.compute_dtype, device)
-
-        def make_kept() -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
-            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
-                groups, down, up = make(share=True)
-            return tuple(next(i for i, item in enumerate(placed) if item is group.first) for group in groups), down, up
-
+    def _branch(self, placed: Sequence[PlacedTerm]) -> _Branch:
+        """What all terms together add."""
         if torch.compiler.is_compiling() or needs_gradient(placed):
-            groups, down, up = make(share=False)
-        else:
-            key = (tuple(item[1:] for item in placed), strength_pattern(placed))
-            firsts, down, up = self._factors.get(tensors_of(placed, "down", "up"), make_kept, key)
-            groups = [Group(placed[i], []) for i in firsts]
-        return down, up, strength_vector(groups, down.shape[0], device)
+            check_terms(self.label(), placed)
+            groups = group_terms(placed, share=False)
+            return self._with_strengths(placed, groups, *self._stacked(groups))
+        key, tensors = ingredients(placed)
+
+        def make() -> _Branch:
+            layout = (tuple(item.place for item in placed), strength_pattern(placed))
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside of either
+                firsts, down, up = self._factors.get(tensors_of(placed, "down", "up"), make_factors, layout)
+                return self._with_strengths(placed, [Group(placed[i], []) for i in firsts], down, up)
+
+        def make_factors() -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+            check_terms(self.label(), placed)
+            groups = group_terms(placed, share=True)
+            firsts = tuple(next(i for i, item in enumerate(placed) if item is group.first) for group in groups)
+            return firsts, *self._stacked(groups)
+
+        branch: _Branch = self._branches.get(tensors, make, key)
+        return branch
+
+    def _stacked(self, groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor]:
+        ranks, like = total_rank(groups), self.wscales
+        return (
+            stacked_down(groups, ranks, self.in_features, like),
+            stacked_up(groups, self.out_features, ranks, like),
+        )
+
+    def _with_strengths(
+        self, placed: Sequence[PlacedTerm], groups: Sequence[Group], down: torch.Tensor, up: torch.Tensor
+    ) -> _Branch:
+        device = down.device
+        bias, gain = (summed(placed, field, self.out_features, device) for field in ("bias", "gain"))
+        return _Branch(down, up, strength_vector(groups, down.shape[0], device), bias, gain)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.nunchaku_kernels.w4a16_linear(
@@ -168,7 +194,7 @@ class W4A16Linear(QuantizedLinear):
 
     def forget(self) -> None:
         super().forget()
-        self._factors.clear()
+        self._branches.clear()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, group_size={self.group_size}"

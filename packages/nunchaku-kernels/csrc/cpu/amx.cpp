@@ -1,0 +1,25 @@
+// The AMX table: as for AVX-512 BF16, with bf16 products in tiles.
+#include "amx/matmul.h"
+#include "avx2/awq.h"
+#include "avx2/decode_panel.h"
+#include "avx2/lowrank_pairs.h"
+#include "avx2/lowrank_tile.h"
+#include "avx512bf16/awq.h"
+#include "avx512vnni/accumulate_panel.h"
+#include "avx512vnni/awq_lookup.h"
+#include "generic/epilogue.h"
+#include "generic/fold_strip.h"
+#include "generic/l1_change.h"
+#include "generic/matmul.h"
+#include "generic/quantize_token.h"
+
+namespace nk::cpu {
+
+extern const Kernels amx_kernels;
+const Kernels amx_kernels = {
+    "amx",          to_float_array,  from_float_array, matmul,         lowrank_tile, fold_strip,
+    quantize_token, decode_panel,    accumulate_panel, dequantize_row, finish_row,   awq_decode,
+    awq_product,    awq_decode_bf16, matmul_bf16,      lowrank_pairs,  true,         l1_change,
+};
+
+}  // namespace nk::cpu
