@@ -135,11 +135,12 @@ def _cache_dit(steps: int) -> Iterator[Setting]:
     import cache_dit
     from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 
-    logging.getLogger("cache_dit").setLevel(logging.ERROR)
+    logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
 
     def enable_with(calibrator: Any, **options: Any) -> Enable:
         def enable(pipe: Any) -> None:
-            config = DBCacheConfig(num_inference_steps=steps, **options)
+            # the demo runs its guidance as a second pass, which cache-dit does not expect of FLUX
+            config = DBCacheConfig(num_inference_steps=steps, enable_separate_cfg=True, **options)
             cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator())
 
         return enable
