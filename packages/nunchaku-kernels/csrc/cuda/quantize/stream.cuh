@@ -56,22 +56,22 @@ struct StreamCopies {
 };
 
 // 1 / smooth of this CTA's channels, zeros beyond them: in halves of 8 channels, so that 8 lanes read other banks.
-template <int kChunks, int kThreads, class Place>
-__device__ void store_reciprocals(const Place& place, int thread) {
+template <int kChunks, class Place>
+__device__ void store_reciprocals(const Place& place) {
     const Parameters& p = place.stream.common;
-    constexpr int kEach = (kGroupWarps * kChunks * kGroupSize + kThreads - 1) / kThreads;
+    const int thread = threadIdx.x;
+    constexpr int kEach = kGroupWarps * kChunks * kGroupSize / kQuantizingThreads;
     const int first = place.cta * place.stream.cta_chunks * kGroupSize, channels = static_cast<int>(p.channels);
     const int end = min(channels, first + place.stream.cta_chunks * kGroupSize);
     float smooth[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {  // branchless, so that loads overlap
-        const int k = min(first + thread + i * kThreads, channels - 1);
+        const int k = min(first + thread + i * kQuantizingThreads, channels - 1);
         smooth[i] = p.smooth ? load_smooth_at(p, k / 16 * 16 + k % 8 / 2 * 4 + k % 16 / 8 * 2 + k % 2) : 1.0f;
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-        const int k = thread + i * kThreads;
-        if (k >= kGroupWarps * kChunks * kGroupSize) break;
+        const int k = thread + i * kQuantizingThreads;
         const uint32_t at = place.reciprocals + ((k / 64 * 2 + k % 8 / 4) * 8 + k % 64 / 8) * 16 + k % 4 * 4;
         ptx::store_shared_4(at, __float_as_uint(first + k < end ? __frcp_rn(smooth[i]) : 0.0f));
     }
@@ -87,6 +87,7 @@ __device__ void init_barriers(const Place& place) {
         ptx::init_barrier(place.barrier(shared.modulated, lane), 4);                   // two warps of either half
         ptx::init_barrier(place.barrier(shared.freed, lane), 4 + (low_rank ? 4 : 0));  // these, and those that sum
     }
+    if (lane == 0) ptx::init_barrier(ptx::shared_address(&shared.factor_arrived), 1);
     if (lane < 2) {
         ptx::init_barrier(place.barrier(shared.sums_received, lane), 1);
         for (int half = 0; half < 2; ++half) {
@@ -124,42 +125,36 @@ __device__ void prepare_exchange(const Place& place) {
 template <class Element, int kChunks, bool low_rank, bool norm>
 __global__ void __launch_bounds__(stream_threads(low_rank), 1)
     quantize_stream(const __grid_constant__ CUtensorMap x, const __grid_constant__ StreamParameters stream) {
-    constexpr int kPreparing = stream_threads(low_rank) - kCopyingThreads;
+    constexpr int kFirstCopying = stream_threads(low_rank) - kCopyingThreads;
     // Together no more than what 64 K registers are when all threads have the same multiple of 8.
     constexpr int kQuantizeRegisters = low_rank ? 96 : 104, kOtherRegisters = low_rank ? 48 : 64;
     extern __shared__ __align__(1024) char stream_memory[];  // the swizzle counts from multiples of 1024
     const StreamPlace<kChunks, low_rank, norm> place(stream, stream_memory);
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);  // so that the compiler sees it uniform
 
-    if (warp == kPreparing / 32) init_barriers<low_rank>(place);
+    if (warp == kFirstCopying / 32) init_barriers<low_rank>(place);
     ptx::cluster_arrive_relaxed();
-    if (warp >= kPreparing / 32) {
+    if (warp >= kFirstCopying / 32) {
         ptx::give_up_registers<kOtherRegisters>();
-        const bool copies = threadIdx.x == kPreparing;
+        const bool copies = threadIdx.x == kFirstCopying;
         StreamCopies copying(place, &x);
-        if (copies) copying.start();  // nobody waits for this: it takes as long as the memory
+        if (copies) {  // nobody waits for this: it takes as long as the memory
+            if constexpr (low_rank) copy_factor(place);
+            copying.start();
+        }
         ptx::cluster_wait();
         if (copies) copying.finish();
-    } else {
-        const bool quantizes = warp < kQuantizingThreads / 32;
+    } else if (warp < kQuantizingThreads / 32) {
         prepare_exchange<kChunks, norm>(place);
-        if constexpr (low_rank) {
-            if (quantizes)
-                load_factor<kQuantizingThreads / 32>(place);
-            else
-                store_reciprocals<kChunks, kSummingThreads>(place, threadIdx.x - kQuantizingThreads);
-        } else {
-            store_reciprocals<kChunks, kQuantizingThreads>(place, threadIdx.x);
-        }
-        ptx::sync_threads<kPreparing>(1);
+        store_reciprocals<kChunks>(place);
+        ptx::sync_threads<kQuantizingThreads>(1);
         ptx::cluster_wait();  // all barriers are there
-        if (quantizes) {
-            ptx::take_registers<kQuantizeRegisters>();
-            quantize_halves<Element>(place);
-        } else if constexpr (low_rank) {
-            ptx::give_up_registers<kOtherRegisters>();
-            sum_low_rank<Element, norm>(place);
-        }
+        ptx::take_registers<kQuantizeRegisters>();
+        quantize_halves<Element>(place);
+    } else if constexpr (low_rank) {
+        ptx::give_up_registers<kOtherRegisters>();
+        ptx::cluster_wait();
+        sum_low_rank<Element, norm>(place);
     }
     ptx::cluster_arrive_relaxed();  // no CTA ends before the others have what it sent
     ptx::cluster_wait();

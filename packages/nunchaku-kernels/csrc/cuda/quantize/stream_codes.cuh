@@ -157,7 +157,8 @@ __device__ void quantize_halves(const StreamPlace<kChunks, low_rank, norm>& plac
         const int first = tiles.first + half * kHalfTokens, tokens = tiles.tokens - half * kHalfTokens;
         const uint32_t freed = place.barrier(shared.freed, slot.index);
         if (has_slice) ptx::wait(place.barrier(shared.arrived, slot.index), slot.parity);
-        if (tokens <= 0) {  // a tile's second half may be empty
+        if (tokens <= 0) {    // a tile's second half may be empty
+            exchange.meet();  // as every tile makes them: a warp may not be two phases of a barrier ahead
             if (has_slice && lane == 0) {
                 ptx::arrive(freed);
                 if (norm && low_rank) ptx::arrive(place.barrier(shared.modulated, slot.index));
@@ -173,6 +174,7 @@ __device__ void quantize_halves(const StreamPlace<kChunks, low_rank, norm>& plac
 #pragma unroll
                 for (int i = 0; i < 2; ++i) x[c][i] = ptx::load_shared_16(x_at(place_of_x, c, i), c < given);
             if (!(norm && low_rank) && has_slice) {
+                ptx::fence_async_proxy();  // copies overwrite what is read here
                 __syncwarp();
                 if (lane == 0) ptx::arrive(freed);
             }

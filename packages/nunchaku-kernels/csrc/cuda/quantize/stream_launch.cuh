@@ -45,12 +45,13 @@ inline StreamPlan stream_plan(const QuantizeArguments& a, bool norm) {
     return best;
 }
 
-// Whether this is faster than the other kernels, measured at 3072 channels and up to 64 or from 1024 (with low-rank
-// sums 3072) tokens on: it takes a few tiles until all is in flight.
+// Whether this is faster than the other kernels, by measurement at 3072 channels: up to 64 tokens, and from 1024, with
+// low-rank sums from 512 tokens on, which leave few of 132 multiprocessors idle.
 inline bool stream_wins(const StreamPlan& plan, const QuantizeArguments& a) {
-    const int64_t teams = device_attribute(cudaDevAttrMultiProcessorCount) / plan.ctas;
+    const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
     const int64_t tiles = (a.tokens + kStreamTokens - 1) / kStreamTokens;
-    return a.padded_k >= 3072 && (tiles * 4 <= teams || tiles * 100 >= teams * (a.rank ? 290 : 95));
+    const bool few = tiles * 4 <= processors / plan.ctas, many = tiles * (a.rank ? 4 : 2) >= processors * 19 / 20;
+    return a.padded_k >= 3072 && (few || many);
 }
 
 // How many clusters the device runs at once.

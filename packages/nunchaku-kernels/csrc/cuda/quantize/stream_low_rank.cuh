@@ -6,37 +6,51 @@
 
 namespace nk::cuda::quantize {
 
-// This CTA's part of the factor, rank-major in chunks of 64 channels, swizzled. For the CTA's first warps.
-template <int kWarps, class Place>
-__device__ void load_factor(const Place& place) {
+// Asks for this CTA's part of the factor, as it is published: a chunk of 64 channels to where it will be arranged.
+template <class Place>
+__device__ void copy_factor(const Place& place) {
     const Parameters& p = place.stream.common;
-    constexpr int kBatch = 8;  // loads in flight
-    const int lane = threadIdx.x % 32, tiles = p.rank / 16;
-    const int steps = place.stream.cta_chunks * 4 * kRankTiles;  // of 16 channels and 16 ranks
-    const int first = place.cta * place.stream.cta_chunks * 4, end = p.groups * 4;
+    const uint32_t barrier = ptx::shared_address(&place.shared.factor_arrived);
+    const int chunk_words = kGroupSize / 16 * (p.rank / 16) * 32, chunks = place.factor_chunks();
+    const uint4* const first = p.proj_down + int64_t{place.cta} * place.stream.cta_chunks * chunk_words;
+    ptx::arrive_expecting(barrier, chunks * chunk_words * 16);
+    for (int chunk = 0; chunk < chunks; ++chunk)
+        ptx::bulk_load(place.factors + chunk * kFactorChunkBytes, first + chunk * chunk_words, chunk_words * 16,
+                       barrier);
+}
+
+// Rank-major in chunks of 64 channels, swizzled; zeros where nothing was copied. A warp takes a chunk at a time.
+template <class Place>
+__device__ void arrange_factor(const Place& place) {
+    constexpr int kSteps = kGroupSize / 16;
+    const int lane = threadIdx.x % 32, tiles = place.stream.common.rank / 16, chunks = place.factor_chunks();
+    ptx::wait(ptx::shared_address(&place.shared.factor_arrived), 0);
 #pragma unroll 1
-    for (int from = threadIdx.x / 32; from < steps; from += kWarps * kBatch) {
-        uint4 words[kBatch];
+    for (int chunk = threadIdx.x / 32 % 4; chunk < place.stream.cta_chunks; chunk += kSummingThreads / 32) {
+        const uint32_t at = place.factors + chunk * kFactorChunkBytes;
+        uint4 words[kSteps][kRankTiles];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {  // branchless, so that loads overlap
-            const int step = from + i * kWarps, tile = min(step % kRankTiles, tiles - 1);
-            words[i] = __ldg(p.proj_down + (min(first + step / kRankTiles, end - 1) * tiles + tile) * 32 + lane);
-        }
+        for (int k = 0; k < kSteps; ++k)
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int step = from + i * kWarps, tile = step % kRankTiles, k = step / kRankTiles;
-            if (step >= steps) continue;
-            if (tile >= tiles || first + k >= end) words[i] = {};
-            // Published order has the two halves of a row's 16 channels together, then the row eight below.
-            const uint32_t row =
-                place.factors + k / 4 * kFactorChunkBytes + (tile * 16 + lane / 4) * kRowBytes + lane % 4 * 4;
-            const uint32_t low = ((k % 4 * 2) ^ (lane / 4)) * 16, high = low ^ 16;
-            ptx::store_shared_4(row + low, words[i].x), ptx::store_shared_4(row + high, words[i].y);
-            ptx::store_shared_4(row + 8 * kRowBytes + low, words[i].z);
-            ptx::store_shared_4(row + 8 * kRowBytes + high, words[i].w);
-        }
+            for (int tile = 0; tile < kRankTiles; ++tile)
+                words[k][tile] =
+                    ptx::load_shared_16(at + ((k * tiles + tile) * 32 + lane) * 16, chunk < chunks && tile < tiles);
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+            for (int tile = 0; tile < kRankTiles; ++tile) {
+                // Published order has the two halves of a row's 16 channels together, then the row eight below.
+                const uint32_t row = at + (tile * 16 + lane / 4) * kRowBytes + lane % 4 * 4;
+                const uint32_t low = ((k * 2) ^ (lane / 4)) * 16, high = low ^ 16;
+                const uint4& four = words[k][tile];
+                ptx::store_shared_4(row + low, four.x), ptx::store_shared_4(row + high, four.y);
+                ptx::store_shared_4(row + 8 * kRowBytes + low, four.z);
+                ptx::store_shared_4(row + 8 * kRowBytes + high, four.w);
+            }
     }
     ptx::fence_async_proxy();  // wgmma reads what was stored
+    ptx::sync_threads<kSummingThreads>(4);
 }
 
 // Starts the products of so many chunks, which go onto earlier ones if there were any.
@@ -89,6 +103,7 @@ __device__ void sum_low_rank(const Place& place) {
         }
     };
 
+    arrange_factor(place);
     StreamTiles tiles = place.tiles(), before = tiles;
     StreamSlot slot{0, 0, stream.slots};
     float sums[16]{};

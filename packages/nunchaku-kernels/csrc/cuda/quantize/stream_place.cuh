@@ -69,7 +69,7 @@ struct StreamSlot {
 template <bool norm>
 struct StreamShared {
     uint64_t arrived[kStreamSlots], modulated[kStreamSlots], freed[kStreamSlots];  // barriers
-    uint64_t sums_received[2], maxima_received[2][2], moments_received[2][2];
+    uint64_t factor_arrived, sums_received[2], maxima_received[2][2], moments_received[2][2];
     float cta_weights[kStreamCtas], warp_weights[kGroupWarps];  // of means
     alignas(16) uint32_t warp_maxima[2][kGroupWarps][kHalfTokens];
     alignas(16) uint32_t maxima[2][2][kStreamCtas][kHalfTokens];  // of each CTA; zeros of those that are not there
@@ -109,6 +109,9 @@ struct StreamPlace {
     }
     __device__ int slice_chunks(int slice) const {  // even
         return min(kSliceChunks, stream.cta_chunks - slice * kSliceChunks);
+    }
+    __device__ int factor_chunks() const {  // that exist
+        return max(0, min(stream.cta_chunks, stream.common.groups - cta * stream.cta_chunks));
     }
     __device__ StreamTiles tiles() const { return {stream, team, teams}; }
 };
