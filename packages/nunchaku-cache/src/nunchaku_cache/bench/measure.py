@@ -69,6 +69,7 @@ class Bench:
         self._pipe.set_progress_bar_config(disable=True)
         self._arguments = {**demo.arguments(), "num_inference_steps": steps}
         self.steps = steps
+        self.call(self._pipe, list(demo.prompts())[:1], [0])  # warm-up
         self.plain = self.draw(lambda pipe: None)
 
     def draw(self, enable: Enable) -> Drawn:
