@@ -32,7 +32,7 @@ class Case:
         sample: shape of a sample's noisy input.
         text: shape of its text embeddings.
         extra: (samples) -> what else the forward takes; constant over a call.
-        steps: the argument for a sigma, per sample.
+        step: the timestep argument for a sigma.
         names: of the arguments that hold the noisy input, the timestep, the text.
         lists: the inputs are lists with a tensor per sample.
         double: it has joint and single blocks.
@@ -253,6 +253,7 @@ CASES = {
             (4, 2, 8, 8),
             (5, 24),
             lambda samples: {"encoder_attention_mask": _mask(samples, 5).bool()},
+            step=lambda sigma: 1000 - sigma * 1000,
         ),
         Case(
             "WanTransformer3DModel",
@@ -316,3 +317,9 @@ _models: dict[str, nn.Module] = {}
 def model(case: Case) -> nn.Module:
     """The tiny model of `case`, shared by tests, which have to leave it as it was."""
     return _models.setdefault(case.name, case.make())
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict[str, Case]:
+    """All transformer classes by name."""
+    return CASES

@@ -153,6 +153,45 @@ def test_in_a_mixed_batch_each_sample_has_its_own_result(case: Case, model: nn.M
         torch.testing.assert_close(given[1], skipped[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("left_out", [[0], [1], [2]])
+@torch.no_grad()
+def test_passes_that_leave_blocks_out_are_not_mixed_with_others(cases: dict[str, Case], left_out: list[int]) -> None:
+    """As Stable Diffusion 3's skip-layer guidance does, on every step beside the whole model."""
+    case = cases["SD3Transformer2DModel"]
+    model, conditioning = case.make(), case.conditioning(SAMPLES)
+    steps = [case.inputs(case.latents(SAMPLES), sigma, conditioning) for sigma in (0.9, 0.7, 0.5)]
+    plain = [[model(**step, skip_layers=skipped).sample for skipped in (None, left_out)] for step in steps]
+    handle = nunchaku_cache.apply(model, FirstBlockCache(threshold=1e-9))
+    for step, (whole, partial) in zip(steps, plain, strict=True):
+        assert torch.equal(model(**step).sample, whole)
+        assert torch.equal(model(**step, skip_layers=left_out).sample, partial)
+    handle.threshold = ALWAYS
+    model(**steps[0])
+    skipped = model(**steps[1]).sample
+    model(**steps[0], skip_layers=left_out)
+    assert torch.equal(model(**steps[2], skip_layers=left_out).sample, plain[2][1]) == (left_out != [1])
+    assert not torch.equal(skipped, plain[1][0])
+
+
+@torch.no_grad()
+def test_what_cannot_be_split_by_samples_runs_whole(flux: Case) -> None:
+    model, results = flux.make(), []
+    batches: list[int] = []
+    model.transformer_blocks[1].register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    for extra in ({}, {"joint_attention_kwargs": {"opaque": object()}}):
+        first, second = next(iter(two_steps(flux)))
+        second["hidden_states"] = flux.latents([10, 1])
+        second["timestep"] = torch.nextafter(first["timestep"], torch.tensor(-math.inf))
+        handle = nunchaku_cache.apply(model, FirstBlockCache(threshold=1e-3))
+        model(**first, **extra)
+        results.append(model(**second, **extra).sample)
+        assert handle.stats.hit_pattern()[1] == (False, True)
+    assert batches == [2, 1, 2, 2]
+    torch.testing.assert_close(results[0], results[1])
+
+
 @given(
     order=st.integers(0, 2),
     coefficients=st.lists(st.lists(st.integers(-8, 8), min_size=3, max_size=3), min_size=2, max_size=2),

@@ -14,7 +14,6 @@ class AdapterWatch:
         self._transformer = transformer
         self._known: Hashable = None
         self._layers: list[Any] = []
-        self._owners: list[Any] = []
 
     def fingerprint(self) -> Hashable:
         """Equal for two steps as long as no adapter was added, removed, switched, merged or set to another strength."""

@@ -86,6 +86,17 @@ class BlockSignature:
             raise TypeError(f"BlockList {self._blocks.name!r}: a block should return {expected}, got {given}")
         return [result[i] for i in self._returned]
 
+    def passes_on(self, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the streams that go in are the very ones that an earlier block of the list has returned."""
+        if type(result) is not tuple:
+            result = (result,)
+        if len(result) != len(self._streams):
+            return False
+        for (name, place), i in zip(self._streams, self._returned, strict=True):
+            if (kwargs[name] if name in kwargs else args[place]) is not result[i]:
+                return False
+        return True
+
     def result(self, streams: Sequence[torch.Tensor | None]) -> Any:
         """What a block returns for these streams."""
         return streams[0] if len(streams) == 1 else tuple(streams[i] for i in self._taken)

@@ -162,7 +162,7 @@ FAMILIES = (
     ),
     Family("CogVideoXTransformer3DModel", (BlockList("transformer_blocks", _TWO_STREAMS, shared=_ROTARY),)),
     Family("CogView4Transformer2DModel", (BlockList("transformer_blocks", _TWO_STREAMS, shared=_ROTARY),)),
-    Family("MochiTransformer3DModel", (BlockList("transformer_blocks", _TWO_STREAMS, shared=_ROTARY),)),
+    Family("MochiTransformer3DModel", (BlockList("transformer_blocks", _TWO_STREAMS, shared=_ROTARY),), rising=True),
     Family("WanTransformer3DModel", (BlockList("blocks", shared=("rotary_emb",)),)),
     Family("LTXVideoTransformer3DModel", (BlockList("transformer_blocks"),)),
     Family(

@@ -1,7 +1,7 @@
 """One forward pass of a transformer under a cache: decides per segment, then skips or runs its blocks."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,13 +41,11 @@ class Settings:
         rules: per segment.
         order: of the forecast.
         tea_coefficients: of TeaCache's polynomial; None: distances are those of first blocks.
-        total_steps: of the call, None if unknown.
     """
 
     rules: tuple[Rule, ...]
     order: int
     tea_coefficients: tuple[float, ...] | None
-    total_steps: int | None
 
 
 @dataclass
@@ -70,26 +68,15 @@ class Span:
 
     Attributes:
         base: streams that went into the first block not yet accounted for.
-        last: streams that the last block returned; the model hands them on unless it has added something.
+        last: what the last block returned; the model hands it on unless it has added something.
         partial: what earlier blocks have added.
         finished: the residual was recorded or added.
     """
 
     base: list[torch.Tensor] | None = None
-    last: Streams | None = None
+    last: Any = None
     partial: Streams | None = None
-    finished: bool = field(default=False)
-
-    def enter(self, inputs: list[torch.Tensor]) -> None:
-        """A block is about to run on these."""
-        if self.last is not None:
-            for new, old in zip(inputs, self.last, strict=True):
-                if new is not old:
-                    self.close(self.last)
-                    break
-            self.last = None
-        if self.base is None:
-            self.base = inputs
+    finished: bool = False
 
     @torch.no_grad()
     def close(self, outputs: Streams) -> Streams:
@@ -121,8 +108,9 @@ class ForwardPass:
         plan: Plan,
         settings: Settings,
         timestep: HostCopy,
-        branch_at: Callable[[tuple[float, ...]], tuple[Branch | None, Callable[[Branch], None]]],
-        written: frozenset[str],
+        branch_at: Callable[[tuple[float, ...], Callable[[], list[SegmentState]]], Branch],
+        total_steps: int | None,
+        written: Collection[str],
         on_record: Callable[[StepRecord], None],
     ) -> None:
         """
@@ -130,7 +118,8 @@ class ForwardPass:
             plan: of the transformer.
             settings: of the policy.
             timestep: of the pass, on its way to the host.
-            branch_at: for timesteps per sample: the branch's name and state, None if it is new.
+            branch_at: (timesteps per sample, how to make segments for a new branch) -> the branch of the pass.
+            total_steps: of the call, None if unknown.
             written: names of lists into whose outputs the model writes in this pass (`BlockList.written`).
             on_record: called with every decision.
         """
@@ -138,6 +127,7 @@ class ForwardPass:
         self._settings = settings
         self._timestep = timestep
         self._branch_at = branch_at
+        self._total_steps = total_steps
         self._written = written
         self._on_record = on_record
         self._branch: Branch | None = None
@@ -151,8 +141,8 @@ class ForwardPass:
         self.blocks_seen += 1
         if place.precedes:
             self._decide_before(place, args, kwargs)
-        inputs = place.signature.inputs(args, kwargs)
         if place.decides:
+            inputs = place.signature.inputs(args, kwargs)
             result = inner(*args, **kwargs)
             self._decide_behind(place, inputs, place.signature.outputs(result), args, kwargs)
             return result
@@ -164,16 +154,19 @@ class ForwardPass:
         if span is None:
             span = self._spans[place.segment, place.span] = Span()
         if not decision.misses:
-            return self._skip(place, span, inputs)
-        span.enter(inputs)
-        if decision.index is not None:
-            outputs = _run_some(place, inner, args, kwargs, inputs, decision.index)
-            self._leave(place, span, decision, outputs)
-            if place.ends_span:
-                outputs = self._residual(place).add_to(outputs, self._positions, decision.hits)
-            return place.signature.result(outputs)
-        result = inner(*args, **kwargs)
-        self._leave(place, span, decision, place.signature.outputs(result))
+            return self._skip(place, span, place.signature.inputs(args, kwargs))
+        if span.last is not None and not place.signature.passes_on(span.last, args, kwargs):
+            span.close(place.signature.outputs(span.last))
+        span.last = None
+        if span.base is None:
+            span.base = place.signature.inputs(args, kwargs)
+        if decision.index is None:
+            result = inner(*args, **kwargs)
+        else:
+            result = _run_some(place, inner, args, kwargs, decision.index)
+        if place.ends_span or place.blocks.name in self._written:
+            return self._close(place, span, decision, result)
+        span.last = result
         return result
 
     def unfinished(self) -> bool:
@@ -192,17 +185,18 @@ class ForwardPass:
             span.finished = True
         return place.signature.result(streams)
 
-    def _leave(self, place: Place, span: Span, decision: Decision, outputs: Streams) -> None:
-        """Account for a block that ran."""
-        if place.ends_span:
-            some = None if decision.index is None else decision.misses
-            residuals = span.close(outputs)
-            self._residual(place).record(residuals, self._positions, some)
-            span.finished = True
-        elif place.blocks.name in self._written:
-            span.close(outputs)
-        else:
-            span.last = outputs
+    def _close(self, place: Place, span: Span, decision: Decision, result: Any) -> Any:
+        """Account for what ran; at the end of a span, keep it, and add to the samples that skipped."""
+        outputs = place.signature.outputs(result)
+        residuals = span.close(outputs)
+        if not place.ends_span:
+            return result
+        some = None if decision.index is None else decision.misses
+        self._residual(place).record(residuals, self._positions, some)
+        span.finished = True
+        if decision.index is None:
+            return result
+        return place.signature.result(self._residual(place).add_to(outputs, self._positions, decision.hits))
 
     def _residual(self, place: Place) -> ResidualHistory:
         assert self._branch is not None
@@ -247,20 +241,18 @@ class ForwardPass:
     def _state(self, place: Place, stream: torch.Tensor) -> SegmentState:
         """State of a segment, for as many samples as the stream has; finds the branch first."""
         if self._branch is None:
-            self._positions = self._timestep.values(stream.shape[0])
-            branch, keep = self._branch_at(self._positions)
-            if branch is None:
-                states = [SegmentState(stream.shape[0], s.spans, self._settings.order) for s in self._plan.segments]
-                branch = Branch("", states)
-                keep(branch)
-            self._branch = branch
+            batch, order = stream.shape[0], self._settings.order
+            self._positions = self._timestep.values(batch)
+            self._branch = self._branch_at(
+                self._positions, lambda: [SegmentState(batch, segment.spans, order) for segment in self._plan.segments]
+            )
         return self._branch.segments[place.segment]
 
     def _decide(
         self, place: Place, state: SegmentState, found: Sequence[float] | None, device: torch.device
     ) -> Decision:
         assert self._branch is not None
-        rule, steps = self._settings.rules[place.segment], self._settings.total_steps
+        rule, steps = self._settings.rules[place.segment], self._total_steps
         per_sample: list[float | None] = [None] * len(state.progress) if found is None else list(found)
         hits: list[int] = []
         misses: list[int] = []
@@ -285,15 +277,9 @@ class ForwardPass:
         return decision
 
 
-def _run_some(
-    place: Place,
-    inner: Inner,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    inputs: list[torch.Tensor],
-    samples: torch.Tensor,
-) -> Streams:
-    """Streams after a block that runs for some samples; the rows of the others are those of the inputs."""
+def _run_some(place: Place, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any], samples: torch.Tensor) -> Any:
+    """What a block returns that runs for some samples; the rows of the others are those of its inputs."""
+    inputs = place.signature.inputs(args, kwargs)
     try:
         chosen_args, chosen_kwargs = place.signature.take(args, kwargs, inputs[0].shape[0], samples)
     except NotSplittableError:
@@ -301,7 +287,9 @@ def _run_some(
         outputs: Streams = [None if stream is None else stream.index_select(0, samples) for stream in whole]
     else:
         outputs = place.signature.outputs(inner(*chosen_args, **chosen_kwargs))
-    return [
-        None if new is None else old.index_copy(0, samples, new.to(old.dtype))
-        for new, old in zip(outputs, inputs, strict=True)
-    ]
+    return place.signature.result(
+        [
+            None if new is None else old.index_copy(0, samples, new.to(old.dtype))
+            for new, old in zip(outputs, inputs, strict=True)
+        ]
+    )

@@ -39,14 +39,13 @@ class CallHook:
         self._compiled = getattr(self._module, SLOT)
         self._module.__dict__[SLOT] = self
 
-    def reinstall(self) -> None:
-        """Start answering again if the module was compiled meanwhile, which took the hook's place."""
-        if self._module.__dict__.get(SLOT) is not self:
-            self.install()
+    def is_installed(self) -> bool:
+        """Whether it answers; compiling the module meanwhile takes its place."""
+        return self._module.__dict__.get(SLOT) is self
 
     def remove(self) -> None:
         """Stop answering; nothing happens if another has taken the place."""
-        if self._module.__dict__.get(SLOT) is not self:
+        if not self.is_installed():
             return
         if self._compiled is None:
             del self._module.__dict__[SLOT]

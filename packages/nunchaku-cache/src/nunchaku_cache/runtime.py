@@ -12,7 +12,7 @@ from torch import nn
 from nunchaku_cache.adapters import AdapterWatch
 from nunchaku_cache.calls import Call, Calls, tensors_of
 from nunchaku_cache.families import Family
-from nunchaku_cache.forward_pass import Branch, ForwardPass, Settings
+from nunchaku_cache.forward_pass import Branch, ForwardPass, SegmentState, Settings
 from nunchaku_cache.hooks import CallHook, ContextTap
 from nunchaku_cache.measure import HostCopy
 from nunchaku_cache.plan import Place, Plan, make_plan
@@ -55,15 +55,15 @@ class TransformerCache:
         self._family = family
         self._plan = None if isinstance(policy, ScheduledCache) else _plan(transformer, family, policy)
         self._signature = ForwardSignature(transformer, family)
+        self._writing = [(blocks.name, blocks.written) for blocks in family.lists if blocks.written is not None]
+        self._known_settings: tuple[ThresholdPolicy | None, Settings] = (None, Settings((), 0, None))
         self._adapters = AdapterWatch(transformer)
         self._warned: set[int | None] = set()
         self._generation = 0
         self._thread = _ThreadState()
         self._hook = CallHook(transformer, self._forward, self)
-        self._block_hooks = [
-            CallHook(place.block, self._block_forward(place), self)
-            for place in (self._plan.places if self._plan else ())
-        ]
+        places = () if self._plan is None else self._plan.places
+        self._block_hooks = [CallHook(place.block, self._block_forward(place), self) for place in places]
         self._context_tap = ContextTap(self._context, transformer)
 
     @property
@@ -108,7 +108,8 @@ class TransformerCache:
             thread.generation, thread.adapters = self._generation, adapters
             thread.calls.clear()
         for hook in self._block_hooks:
-            hook.reinstall()
+            if not hook.is_installed():
+                hook.install()
         arguments = self._signature.bind(args, kwargs)
         call = thread.calls.find(self._key(arguments), self._witnesses(arguments), self.handle.timesteps)
         try:
@@ -143,7 +144,9 @@ class TransformerCache:
             self._warn_of_steps(steps, len(policy.schedule.skip))
         positions = HostCopy(arguments.get(self._family.timestep)).values(1)
         number, name = self._branch_at(call, positions)
-        branch = call.branches.setdefault(number, ScheduledBranch(name, policy.order))
+        if number not in call.branches:
+            call.branches[number] = ScheduledBranch(name, policy.order)
+        branch = call.branches[number]
         step = branch.step
         output, hit = run_step(branch, policy, positions[0], steps, self.handle.trace, run)
         samples = tensors_of(arguments.get(self._family.sample))
@@ -157,33 +160,33 @@ class TransformerCache:
             logger.warning("%s: a schedule for %d steps skips nothing in a call of %d", self.model, expected, steps)
 
     def _pass(self, plan: Plan, call: Call[Any], arguments: dict[str, Any]) -> ForwardPass:
-        def branch_at(positions: tuple[float, ...]) -> tuple[Branch | None, Callable[[Branch], None]]:
+        def branch_at(positions: tuple[float, ...], make: Callable[[], list[SegmentState]]) -> Branch:
             number, name = self._branch_at(call, positions)
+            if number not in call.branches:
+                call.branches[number] = Branch(name, make())
+            branch: Branch = call.branches[number]
+            return branch
 
-            def keep(branch: Branch) -> None:
-                branch.name = name
-                call.branches[number] = branch
-
-            return call.branches.get(number), keep
-
-        policy = self.handle.policy
-        assert not isinstance(policy, ScheduledCache)
-        coefficients = None
-        if isinstance(policy, TeaCache):
-            coefficients = policy.coefficients or self._family.tea_coefficients
-        settings = Settings(
-            policy.rules(),
-            policy.order,
-            None if coefficients is None else tuple(coefficients),
+        return ForwardPass(
+            plan,
+            self._settings(),
+            HostCopy(arguments.get(self._family.timestep)),
+            branch_at,
             self._total_steps,
+            [blocks for blocks, argument in self._writing if arguments.get(argument) is not None],
+            self.handle.stats.add,
         )
-        written = frozenset(
-            blocks.name
-            for blocks in self._family.lists
-            if blocks.written is not None and arguments.get(blocks.written) is not None
-        )
-        timestep = HostCopy(arguments.get(self._family.timestep))
-        return ForwardPass(plan, settings, timestep, branch_at, written, self.handle.stats.add)
+
+    def _settings(self) -> Settings:
+        policy, (known, settings) = self.handle.policy, self._known_settings
+        assert not isinstance(policy, ScheduledCache)
+        if policy is not known:
+            coefficients = None
+            if isinstance(policy, TeaCache):
+                coefficients = tuple(policy.coefficients or self._family.tea_coefficients or ())
+            settings = Settings(policy.rules(), policy.order, coefficients)
+            self._known_settings = policy, settings
+        return settings
 
     def _key(self, arguments: dict[str, Any]) -> Hashable:
         family = self._family
