@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import nunchaku_cache
-from nunchaku_cache import DoubleFirstBlockCache, FirstBlockCache, TeaCache, find_schedule
+from nunchaku_cache import DoubleFirstBlockCache, FirstBlockCache, ScheduledCache, TeaCache, find_schedule
 from nunchaku_kernels.bench import report, table
 from nunchaku_kernels.bench.report import Row
 from nunchaku_models.generation import load_pipeline
@@ -56,8 +56,8 @@ def policies(trace: nunchaku_cache.Trace) -> Iterator[tuple[str, Any]]:
         yield f"double-0.12-0.12/order{order}", DoubleFirstBlockCache(0.12, 0.12, order=order)
         yield f"teacache-0.6/order{order}", TeaCache(0.6, order=order)
         for computed in (6, 10, 14):
-            schedule = find_schedule(trace, computed)
-            yield f"schedule-{computed}/order{order}", FirstBlockCache(schedule=schedule.skip, order=order)
+            schedule = find_schedule(trace, computed, order=order)
+            yield f"schedule-{computed}/order{order}", ScheduledCache(schedule)
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     demo, rows = Demo(args.steps), []
     plain = [demo.draw(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
-    with nunchaku_cache.apply(demo.pipe, FirstBlockCache()).record() as trace:
+    with nunchaku_cache.apply(demo.pipe, ScheduledCache()).record() as trace:
         for seed, prompt in enumerate(RECORDED, len(PROMPTS)):
             demo.draw(prompt, seed)
     for name, policy in policies(trace):
