@@ -77,7 +77,8 @@ class Bench:
         with self.pipeline() as pipe:
             work = BlockWork(pipe.transformer)
             before_call = enable(pipe)
-            seconds, pictures = [], []
+            seconds: list[float] = []
+            pictures: list[Any] = []
             for _ in range(self._rounds):
                 work.flops, pictures = 0.0, []
                 _synchronize(pipe.device)

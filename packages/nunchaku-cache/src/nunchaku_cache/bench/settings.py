@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -150,7 +151,7 @@ def _cache_dit(steps: int) -> Iterator[Setting]:
     def calibrators() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "no forecast", lambda: None
         for order in (1, 2):
-            yield f"Taylor {order}", lambda order=order: TaylorSeerCalibratorConfig(taylorseer_order=order)
+            yield f"Taylor {order}", partial(TaylorSeerCalibratorConfig, taylorseer_order=order)
 
     for (first, last), threshold, (forecast, calibrator) in product(
         ((1, 0), (1, 1)), (0.06, 0.12, 0.2, 0.3, 0.5), calibrators()

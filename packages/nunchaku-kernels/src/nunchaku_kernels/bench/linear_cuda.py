@@ -230,11 +230,11 @@ def heads_rivals(m: int, width: int, device: torch.device) -> Rivals:
     for _ in _copies(width * (m + 3 * width // 2)):
         layer = W4A8Layer(width, 3 * width, torch.bfloat16, device, rank=0)
         quantized = layer.quantize(activations(m, width, device))
-        norms = [torch.rand(HEAD_DIM, device=device).bfloat16() for _ in range(2)]
+        norm_q, norm_k = (torch.rand(HEAD_DIM, device=device).bfloat16() for _ in range(2))
         angles = torch.rand(m, HEAD_DIM // 2, device=device)
         rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        rivals[HEADS].append(partial(layer.heads, quantized, *norms, rotary))
-        rivals[HEADS_APART].append(partial(_product_then_heads, layer, quantized, *norms, rotary))
+        rivals[HEADS].append(partial(layer.heads, quantized, norm_q, norm_k, rotary))
+        rivals[HEADS_APART].append(partial(_product_then_heads, layer, quantized, norm_q, norm_k, rotary))
     return rivals
 
 
