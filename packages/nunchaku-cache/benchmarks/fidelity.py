@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import nunchaku_cache
 from nunchaku_cache import DoubleFirstBlockCache, FirstBlockCache, ScheduledCache, TeaCache, find_schedule
 from nunchaku_kernels.bench import report, table
 from nunchaku_kernels.bench.report import Row
+from nunchaku_models.evaluation.metrics import psnr
 from nunchaku_models.generation import load_pipeline
 
 PROMPTS = (
@@ -42,10 +42,10 @@ class Demo:
         self.pipe.set_progress_bar_config(disable=True)
         self._arguments = loaded.defaults | {"num_inference_steps": steps}
 
-    def draw(self, prompt: str, seed: int) -> np.ndarray:
-        """A picture as fp64 (height, width, 3)."""
+    def draw(self, prompt: str, seed: int) -> Any:
+        """A PIL picture."""
         generator = torch.Generator().manual_seed(seed)
-        return np.asarray(self.pipe(prompt, generator=generator, **self._arguments).images[0], dtype=np.float64)
+        return self.pipe(prompt, generator=generator, **self._arguments).images[0]
 
 
 def policies(trace: nunchaku_cache.Trace) -> Iterator[tuple[str, Any]]:
@@ -73,12 +73,11 @@ def main() -> None:
     for name, policy in policies(trace):
         handle = nunchaku_cache.apply(demo.pipe, policy)
         drawn = [demo.draw(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
-        errors = [float(np.mean((a - b) ** 2)) for a, b in zip(plain, drawn, strict=True)]
-        psnr = [10 * np.log10(255**2 / max(error, 1e-9)) for error in errors]
+        likeness = [psnr(picture, reference) for picture, reference in zip(drawn, plain, strict=True)]
         share = handle.stats.hits / (handle.stats.hits + handle.stats.misses)
         rows += [
-            Row(f"cache/fidelity/{name}/mean", statistics.mean(psnr), "dB"),
-            Row(f"cache/fidelity/{name}/worst", min(psnr), "dB"),
+            Row(f"cache/fidelity/{name}/mean", statistics.mean(likeness), "dB"),
+            Row(f"cache/fidelity/{name}/worst", min(likeness), "dB"),
             Row(f"cache/fidelity/{name}/skipped", 100 * share, "%"),
         ]
     print(table(rows))

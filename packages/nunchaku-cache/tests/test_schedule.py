@@ -91,7 +91,7 @@ def test_forecasts_are_projections(call: tuple[torch.Tensor, list[float]], order
     computed: list[int] = []
     for step, timestep in enumerate(timesteps):
         if not branch.skips(policy, steps):
-            branch.record((found[step],), timestep, None, remember=True)
+            branch.record((found[step],), timestep, None)
             computed.append(step)
             continue
         (forecast,) = branch.forecast(policy, timestep)
@@ -111,7 +111,7 @@ def test_undamped_forecasts_are_exact_on_polynomials(call: tuple[torch.Tensor, l
     branch = ScheduledBranch("", policy.order)
     for step, timestep in enumerate(timesteps):
         if not branch.skips(policy, None):
-            branch.record((found[step],), timestep, None, remember=True)
+            branch.record((found[step],), timestep, None)
             continue
         (forecast,) = branch.forecast(policy, timestep)
         torch.testing.assert_close(forecast, found[step], rtol=1e-2, atol=1e-2)  # differences in float32

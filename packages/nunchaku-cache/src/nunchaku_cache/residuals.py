@@ -79,10 +79,7 @@ class ResidualHistory:
         results = []
         for kept in self._differences:
             assert kept is not None
-            result = kept[0] * factors[0]
-            for difference, factor in zip(kept[1:], factors[1:], strict=False):
-                result.add_(difference, alpha=factor)
-            results.append(result)
+            results.append(_add_slopes(kept[0] * factors[0], kept, factors))
         return results
 
     def add_to(
@@ -117,7 +114,11 @@ class ResidualHistory:
 
 def _polynomial(stream: torch.Tensor, differences: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
     # under autocast the stream may have another dtype than what the skipped blocks return
-    result = stream.to(differences[0].dtype) + differences[0]
+    return _add_slopes(stream.to(differences[0].dtype) + differences[0], differences, factors)
+
+
+def _add_slopes(result: torch.Tensor, differences: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+    """All terms but the first, in place."""
     for difference, factor in zip(differences[1:], factors[1:], strict=False):
         result.add_(difference, alpha=factor)
     return result

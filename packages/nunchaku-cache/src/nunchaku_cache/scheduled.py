@@ -44,14 +44,13 @@ class ScheduledBranch:
         return tree_unflatten(leaves, self._spec)
 
     @torch.no_grad()
-    def record(self, output: Any, position: float, trace: Trace | None, *, remember: bool) -> None:
+    def record(self, output: Any, position: float, trace: Trace | None) -> None:
         """Take note of a computed output.
 
         Args:
             output: of the transformer: tensors in any structure.
             position: its timestep.
-            trace: gets its inner products with earlier ones.
-            remember: forecasts may be made from it.
+            trace: gets its inner products with earlier ones; None: forecasts may be made from it.
 
         Raises:
             TypeError: there is something else than tensors in the output.
@@ -59,11 +58,11 @@ class ScheduledBranch:
         leaves, spec = tree_flatten(output)
         if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise TypeError(f"ScheduledCache: the output holds {sorted({type(leaf).__name__ for leaf in leaves})}")
-        if remember:
+        new = [leaf.to(torch.float32, copy=True) for leaf in leaves]
+        if trace is None:
             self._dtypes, self._spec = [leaf.dtype for leaf in leaves], spec
-            self._history.record([leaf.to(torch.float32, copy=True) for leaf in leaves], (position,), None)
-        if trace is not None:
-            new = [leaf.to(torch.float32, copy=True) for leaf in leaves]
+            self._history.record(new, (position,), None)
+        else:
             products = [_inner(new, earlier) for earlier in (new, *self._trail)]
             trace.add(self.step, position, torch.stack(products).tolist())
             self._trail.appendleft(new)
@@ -93,7 +92,7 @@ def run_step(
     if trace is None and branch.skips(policy, total_steps):
         return branch.forecast(policy, position), True
     output = run()
-    branch.record(output, position, trace, remember=policy.schedule is not None)
+    branch.record(output, position, trace)
     return output, False
 
 

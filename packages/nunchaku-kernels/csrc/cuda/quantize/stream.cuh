@@ -8,8 +8,7 @@
 //
 // - a lane of the last warpgroup asks for slices;
 // - two groups of eight warps take a half of every tile each, and hold it in registers, as fp32: places in shared
-// memory
-//   are free for the next tile while a group waits for what other CTAs know of its tokens (moments, maxima);
+//   memory are free for the next tile while a group waits for what other CTAs know of its tokens (moments, maxima);
 // - a warpgroup multiplies tiles by the factor, both straight from shared memory, and sends its sums to the CTA which
 //   adds up those of a token.
 //
