@@ -3,15 +3,15 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-Enable = Callable[[Any], Any]
-"""Puts a cache on a pipeline; what it returns, if anything, is called without arguments before every call."""
+Enable = Callable[[Any], None]
+"""Puts a cache on a pipeline."""
 
 
 class Demo(Protocol):
@@ -74,39 +74,34 @@ class Bench:
 
     def draw(self, enable: Enable) -> Drawn:
         """All pictures, in batches; the time of the fastest of some rounds."""
-        with self.pipeline() as pipe:
-            work = BlockWork(pipe.transformer)
-            before_call = enable(pipe)
-            seconds: list[float] = []
-            pictures: list[Any] = []
-            for _ in range(self._rounds):
-                work.flops, pictures = 0.0, []
-                _synchronize(pipe.device)
-                begun = time.perf_counter()
-                for prompts, seeds in self._batches(self._demo.prompts()):
-                    if before_call is not None:
-                        before_call()
-                    pictures += self.call(pipe, prompts, seeds)
-                _synchronize(pipe.device)
-                seconds.append(time.perf_counter() - begun)
-            return Drawn(pictures, work.flops, min(seconds))
+        pipe = self._own_pipeline()
+        work = BlockWork(pipe.transformer)
+        enable(pipe)
+        seconds: list[float] = []
+        pictures: list[Any] = []
+        for _ in range(self._rounds):
+            work.flops, pictures = 0.0, []
+            _synchronize(pipe.device)
+            begun = time.perf_counter()
+            for prompts, seeds in self._batches(self._demo.prompts()):
+                pictures += self.call(pipe, prompts, seeds)
+            _synchronize(pipe.device)
+            seconds.append(time.perf_counter() - begun)
+        return Drawn(pictures, work.flops, min(seconds))
 
-    def calibrate(self, enable: Enable) -> Any:
-        """Draw the calibration prompts in one call, after `enable`; returns what that returned."""
-        with self.pipeline() as pipe:
-            context = enable(pipe)
-            prompts = list(self._demo.calibration_prompts())
-            with context as found:
-                self.call(pipe, prompts, range(10_000, 10_000 + len(prompts)))
-            return found
+    def calibrate(self, enable: Callable[[Any], AbstractContextManager[Any]]) -> Any:
+        """Draw the calibration prompts in one call, inside of what `enable` returns; returns what that gave."""
+        pipe, prompts = self._own_pipeline(), list(self._demo.calibration_prompts())
+        with enable(pipe) as found:
+            self.call(pipe, prompts, range(10_000, 10_000 + len(prompts)))
+        return found
 
-    @contextmanager
-    def pipeline(self) -> Iterator[Any]:
+    def _own_pipeline(self) -> Any:
         """A pipeline with a transformer of its own."""
         own = copy.deepcopy(self._pipe.transformer)
         pipe = type(self._pipe)(**{**self._pipe.components, "transformer": own})
         pipe.set_progress_bar_config(disable=True)
-        yield pipe
+        return pipe
 
     def call(self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int]) -> list[Any]:
         """One call of a pipeline: a picture per prompt, from the noise of its seed (drawn on the CPU)."""
