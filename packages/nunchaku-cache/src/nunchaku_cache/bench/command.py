@@ -20,12 +20,13 @@ time, for our policies, for the caches of diffusers and for cache-dit (where ins
 compare each of our policies with the rival that is best at the same speed; a ratio is one of squared errors.
 
 In bfloat16 the rounding of activations bounds every method (near 58 dB on the demo); float32 shows the error of the
-caches alone, best in pictures that are not rounded to 8 bits.
+caches alone, best in pictures that are not rounded to 8 bits. Times are those of whole calls, text encoders included:
+they say something on an idle machine, with --rounds.
 
   nunchaku bench cache --quick
   nunchaku bench cache --dtype bfloat16 float32 --device cuda --output sweep.json --plot sweep.png
 
-The whole sweep is for a GPU: 178 settings for each dtype and number of steps, hours on two cores. --output is written
+The whole sweep is for a GPU: 188 settings for each dtype and number of steps, hours on two cores. --output is written
 after each of those; --resume takes up what was interrupted, and draws a plot of what is there.
 """
 

@@ -66,8 +66,9 @@ def draw(points: Sequence[Point], file: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    # the few colours of a plot need no 24 bits each
-    Image.open(drawn).convert("RGB").quantize(COLOURS).save(file, format="PNG", optimize=True)
+    # the few colours of a plot need no 24 bits each; by coverage, not by count, or those of thin lines get lost
+    reduced = Image.open(drawn).convert("RGB").quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE)
+    reduced.save(file, format="PNG", optimize=True)
 
 
 def _panel(panel: Any, points: Sequence[Point], speed: Speed, psnr: Psnr) -> float:

@@ -40,8 +40,9 @@ def _ours_double(bench: Bench) -> Iterator[Setting]:
 
 def _ours_scheduled(bench: Bench) -> Iterator[Setting]:
     trace: Trace = bench.calibrate(lambda pipe: nunchaku_cache.apply(pipe, ScheduledCache()).record())
-    for computed in _computed_steps(bench.steps):
-        yield Setting(f"{computed} of {bench.steps} steps", _ours(ScheduledCache(find_schedule(trace, computed))))
+    for computed, order in product(_computed_steps(bench.steps), (1, 2)):
+        schedule = find_schedule(trace, computed, order=order)
+        yield Setting(f"{computed} of {bench.steps} steps, order {order}", _ours(ScheduledCache(schedule)))
 
 
 def _ours(policy: Any) -> Enable:
