@@ -261,6 +261,10 @@ def refuses(pipe: Any) -> None:
     raise LookupError("of no use here")
 
 
+def spoils(pipe: Any) -> None:
+    pipe.transformer.register_forward_hook(lambda module, inputs, outputs: (outputs[0] * float("nan"),))
+
+
 def no_settings(bench: Bench) -> Iterator[Setting]:
     raise ImportError("not installed")
 
@@ -270,12 +274,14 @@ def test_errors_of_rivals_are_listed(
 ) -> None:
     monkeypatch.setitem(RIVALS, "missing", no_settings)
     monkeypatch.setitem(RIVALS, "refuses", lambda bench: iter([Setting("this one", refuses)]))
+    monkeypatch.setitem(RIVALS, "spoils", lambda bench: iter([Setting("that one", spoils)]))
     found = list(sweep(tiny_demo, dtype="float32", steps=4, conditions=CONDITIONS))
     assert [one for one in found if isinstance(one, Failure)] == [
         Failure("float32", 4, "missing", "", "ImportError: not installed"),
         Failure("float32", 4, "refuses", "this one", "LookupError: of no use here"),
+        Failure("float32", 4, "spoils", "that one", "FloatingPointError: pictures with values that are not finite"),
     ]
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize("listing", [no_settings, lambda bench: iter([Setting("this one", refuses)])])
@@ -405,6 +411,14 @@ def test_a_file_of_something_else_is_not_resumed(run: Run, tmp_path: Path, capsy
         assert run("--output", file, "--resume") == 2
         assert "does not hold results" in capsys.readouterr().err
         assert file.read_text() == text
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
+    run: Run, tiny_demo: TinyDemo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert run("--plot", tmp_path / "sweep.png") == 2
+    assert "nunchaku-cache[bench]" in capsys.readouterr().err and not tiny_demo.pipelines
 
 
 def test_no_model(monkeypatch: pytest.MonkeyPatch) -> None:

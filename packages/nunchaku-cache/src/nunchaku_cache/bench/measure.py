@@ -132,7 +132,11 @@ class Bench:
         self.plain = self.draw(lambda pipe: None)
 
     def draw(self, enable: Enable) -> Drawn:
-        """All pictures, in batches; the time of the fastest of some rounds."""
+        """All pictures, in batches; the time of the fastest of some rounds.
+
+        Raises:
+            FloatingPointError: a picture is not finite.
+        """
         pipe = self._own_pipeline()
         work = BlockWork(pipe.transformer)
         enable(pipe)
@@ -147,6 +151,8 @@ class Bench:
                 pictures += self.call(pipe, prompts, range(first, first + len(prompts)))
             _synchronize(pipe.device)
             seconds.append(time.perf_counter() - begun)
+        if not all(picture.isfinite().all() for picture in pictures):
+            raise FloatingPointError("pictures with values that are not finite")
         return Drawn(pictures, work.flops, min(seconds))
 
     def calibrate(self, enable: Callable[[Any], AbstractContextManager[Any]]) -> Any:
