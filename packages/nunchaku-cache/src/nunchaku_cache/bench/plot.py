@@ -10,8 +10,8 @@ from nunchaku_cache.bench.sweep import Point, Psnr, Speed, front
 
 SLOWEST, FASTEST = 1.2, 4.0
 """Ends of the panels."""
-DEEPEST = 25.0
-"""dB of a row of panels below its best point; what is worse is of no use to anybody."""
+LOWEST = 35.0
+"""dB at the foot of the panels; what is worse is of no use to anybody."""
 COLOURS = 32
 
 ROWS: tuple[tuple[str, Speed, Psnr, str, str], ...] = (
@@ -60,7 +60,7 @@ def draw(points: Sequence[Point], file: Path) -> None:
             best = max(best, _panel(panel, here, speed, psnr))
             panel.set_xlabel(below, fontsize=8)
         line[0].set_xlim(SLOWEST, FASTEST)
-        line[0].set_ylim(best - DEEPEST, best + 1.5)
+        line[0].set_ylim(min(LOWEST, best - 1), best + 1.5)
         line[0].set_ylabel(beside, fontsize=8)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
