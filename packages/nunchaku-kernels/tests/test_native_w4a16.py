@@ -41,8 +41,8 @@ def native(
 @isas
 @given(
     seed=st.integers(0, 2**31),
-    tokens=st.sampled_from([1, 2, 3, 4, 5, 8, 13, 25]),
-    quads=st.integers(1, 9),
+    tokens=st.sampled_from([1, 2, 3, 4, 5, 8, 13, 25, 33, 71]),
+    quads=st.integers(1, 9) | st.integers(60, 140),
     groups=st.integers(1, 5),
     group_size=st.sampled_from([64, 128]),
     dtype=st.sampled_from(list(DTYPES)),
@@ -72,6 +72,23 @@ def test_linear(
     expected = w4a16.linear(x.float(), codes, scales, zeros, bias)
     torch.testing.assert_close(y.float(), expected, rtol=ROUNDING[dtype], atol=2e-4)
     assert torch.equal(y, native(x, pack_awq_int16(codes), scales, zeros, bias, group_size, isa, threads=1))
+
+
+@isas
+@given(seed=st.integers(0, 2**31), tokens=st.integers(6, 70), kept=st.integers(5, 40), dtype=st.sampled_from(list(DTYPES)))
+@settings(max_examples=10, deadline=None)
+def test_a_token_does_not_depend_on_its_neighbours(
+    isa: str, seed: int, tokens: int, kept: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (36, 640), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(36, 10, generator=generator).to(dtype)
+    x = torch.randn(tokens, 640, generator=generator).to(dtype)
+    x[-1] = float("nan")
+    chosen = torch.randperm(tokens - 1, generator=generator)[:kept]
+    if len(chosen) > 4:  # fewer are multiplied in another order
+        every, some = (native(rows, pack_awq(codes), scales, -8 * scales, None, 64, isa) for rows in (x, x[chosen]))
+        assert torch.equal(every[chosen], some)
 
 
 @isas

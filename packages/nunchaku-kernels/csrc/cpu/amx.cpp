@@ -1,10 +1,11 @@
-// The AMX table: as for AVX-512 BF16, with bf16 products in tiles.
+// The AMX table: products of many tokens in tiles, the rest as for AVX-512 BF16.
+#include "amx/awq_tiles.h"
 #include "amx/matmul.h"
+#include "amx/multiply_tiles.h"
 #include "avx2/awq.h"
 #include "avx2/decode_panel.h"
 #include "avx2/lowrank_pairs.h"
 #include "avx2/lowrank_tile.h"
-#include "avx512bf16/awq.h"
 #include "avx512vnni/accumulate_panel.h"
 #include "avx512vnni/awq_lookup.h"
 #include "generic/epilogue.h"
@@ -14,12 +15,23 @@
 #include "generic/quantize_token.h"
 
 namespace nk::cpu {
+namespace {
+
+constexpr TileKernels tile_kernels = {
+    pack_tokens,
+    awq_decode_tiles,
+    multiply_tiles<Element::bf16>,
+    multiply_tiles<Element::int8>,
+};
+
+}  // namespace
 
 extern const Kernels amx_kernels;
 const Kernels amx_kernels = {
-    "amx",          to_float_array,  from_float_array, matmul,         lowrank_tile, fold_strip,
-    quantize_token, decode_panel,    accumulate_panel, dequantize_row, finish_row,   awq_decode,
-    awq_product,    awq_decode_bf16, matmul_bf16,      lowrank_pairs,  true,         l1_change,
+    "amx",         to_float_array, from_float_array, matmul,           lowrank_tile,
+    fold_strip,    quantize_token, decode_panel,     accumulate_panel, dequantize_row,
+    finish_row,    awq_decode,     awq_product,      nullptr,          matmul_bf16,
+    lowrank_pairs, true,           l1_change,        &tile_kernels,
 };
 
 }  // namespace nk::cpu

@@ -14,9 +14,10 @@ namespace nk::cpu {
 
 extern const Kernels avx512vnni_kernels;
 const Kernels avx512vnni_kernels = {
-    "avx512vnni",   to_float_array, from_float_array, matmul,         lowrank_tile, fold_strip,
-    quantize_token, decode_panel,   accumulate_panel, dequantize_row, finish_row,   awq_decode,
-    awq_product,    nullptr,        nullptr,          nullptr,        false,        l1_change,
+    "avx512vnni", to_float_array, from_float_array, matmul,           lowrank_tile,
+    fold_strip,   quantize_token, decode_panel,     accumulate_panel, dequantize_row,
+    finish_row,   awq_decode,     awq_product,      nullptr,          nullptr,
+    nullptr,      false,          l1_change,        nullptr,
 };
 
 }  // namespace nk::cpu

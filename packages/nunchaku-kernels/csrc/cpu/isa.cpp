@@ -26,10 +26,11 @@ namespace {
 bool tiles_granted() {
 #if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;      // in EDX of leaf 7: not every compiler knows the names
+    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25,
+                       kBf16 = 1u << 22;  // in EDX of leaf 7: not every compiler knows the names
     static const bool granted = [] {
         unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-        return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTiles) && (edx & kBf16) &&
+        return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTiles) && (edx & kInt8) && (edx & kBf16) &&
                syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     }();
     return granted;

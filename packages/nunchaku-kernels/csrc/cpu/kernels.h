@@ -31,6 +31,28 @@ struct AwqQuad {
     DType dtype;
 };
 
+// Products in matrix tiles. A tile is 1 KB: of tokens, 16 rows of 64 bytes of inputs; of a panel, 16 rows that hold the
+// same inputs for 16 channels, in words of 32 bits (four int8, or two bf16 inputs). Work is cut into blocks of inputs:
+// the tokens' tiles are [block][16 tokens][64 bytes of the block], a panel's [16 channels][64 bytes of the block].
+constexpr size_t kTileTokens = 16;
+constexpr size_t kTileInputBytes = 512;  // of a block; 32 tokens and 32 channels of it fit the first-level cache
+
+struct TileKernels {
+    // Up to 16 tokens, `stride` bytes apart, to tiles; `bytes` of inputs, a multiple of 64. Absent tokens are zeros.
+    void (*pack_tokens)(const char* tokens, ptrdiff_t stride, size_t count, size_t bytes, char* tiles);
+
+    // Inputs [k0, k0 + inputs) of `quads` <= 4 neighbouring quads to a panel of 16 channels; multiples of 64. Channels
+    // of missing quads hold anything.
+    void (*awq_decode_bf16)(const AwqQuad& first, size_t quads, size_t k0, size_t inputs, uint16_t* panel);
+
+    // sums[16 tiles tokens, 16 strips channels] += tokens panel^T over one block of inputs: fp32 sums of bf16, exact
+    // int32 sums of int8. `stride` is that of the sums, in elements.
+    void (*multiply_bf16)(const void* tokens, size_t tiles, const void* panel, size_t strips, size_t bytes, void* sums,
+                          size_t stride);
+    void (*multiply_int8)(const void* tokens, size_t tiles, const void* panel, size_t strips, size_t bytes, void* sums,
+                          size_t stride);
+};
+
 struct Kernels {
     const char* name;
 
@@ -81,7 +103,8 @@ struct Kernels {
 
     // The trio awq_decode, matmul and lowrank_tile for bf16 factors and bf16 tokens, on a panel[input / 2][16][2] for
     // an even number of inputs; decoding AWQ fills four of the 16 channels, a low-rank tile [column / 2][row][column %
-    // 2]. y[tokens, 16] is added to. All null where the processor has no bf16 products.
+    // 2]. y[tokens, 16] is added to. All null where the processor has no bf16 products; decoding AWQ also where tiles
+    // do it.
     void (*awq_decode_bf16)(const AwqQuad& quad, uint16_t* panel);
     void (*matmul_bf16)(const uint16_t* x, size_t stride, size_t tokens, const uint16_t* panel, size_t inputs, float* y,
                         size_t ldy);
@@ -94,6 +117,8 @@ struct Kernels {
     // rounded to `dtype`, a null origin is 0.
     void (*l1_change)(const void* current, const void* origin, const void* previous, DType dtype, size_t channels,
                       float* sums);
+
+    const TileKernels* tiles;  // null where the processor has none
 };
 
 }  // namespace nk::cpu

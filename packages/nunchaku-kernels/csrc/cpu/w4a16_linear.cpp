@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "ops.h"
 #include "parallel.h"
+#include "w4a16_tiles.h"
 
 namespace nk::cpu {
 namespace {
@@ -19,12 +20,15 @@ enum class Path {
     few_tokens,  // weights decoded in registers
     fp32_panel,  // 16 channels decoded once for all tokens of a block
     bf16_panel,  // the same where tokens and weights are bf16 and the processor multiplies those
+    bf16_tiles,  // the same in matrix tiles
 };
 
 Path choose_path(const Kernels& kernels, size_t tokens, DType x_dtype, DType scales_dtype) {
     if (tokens <= kFewTokens && kernels.awq_product) return Path::few_tokens;
     const bool all_bf16 = x_dtype == DType::bf16 && scales_dtype == DType::bf16;
-    return all_bf16 && kernels.matmul_bf16 ? Path::bf16_panel : Path::fp32_panel;
+    if (!all_bf16) return Path::fp32_panel;
+    if (kernels.tiles) return Path::bf16_tiles;
+    return kernels.matmul_bf16 ? Path::bf16_panel : Path::fp32_panel;
 }
 
 }  // namespace
@@ -38,6 +42,9 @@ void w4a16_linear(const AwqArguments& a, int64_t threads, const std::string& isa
     const DType x_dtype = static_cast<DType>(a.x.dtype), scales_dtype = static_cast<DType>(a.scales_dtype);
     const DType out_dtype = static_cast<DType>(a.out_dtype), bias_dtype = static_cast<DType>(a.bias.dtype);
     const Path path = choose_path(kernels, tokens, x_dtype, scales_dtype);
+    // A decoded weight costs about 64 int8 multiply-adds, one of these products 4.
+    const size_t workers = useful_threads(threads, (64 + 4 * tokens) * inputs * outputs);
+    if (path == Path::bf16_tiles) return w4a16_linear_tiles(kernels, a, workers);
 
     // The tokens as they are multiplied. Twelve bf16 rows are read side by side: 64 extra bytes per row keep rows of a
     // power of two from sharing the few cache lines of one set.
@@ -55,8 +62,6 @@ void w4a16_linear(const AwqArguments& a, int64_t threads, const std::string& isa
     const size_t group_size = a.group_size, groups = (inputs + group_size - 1) / group_size;
     const size_t token_blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
     const size_t channel_blocks = (outputs + kChannels - 1) / kChannels;
-    // A decoded weight costs about 64 int8 multiply-adds, one of these products 4.
-    const size_t workers = useful_threads(threads, (64 + 4 * tokens) * inputs * outputs);
     parallel_for(workers, token_blocks * channel_blocks, [&](WorkQueue& queue) {
         const Buffer<float> scales = make_buffer<float>(groups * kChannels);
         const Buffer<float> zeros = make_buffer<float>(groups * kChannels);

@@ -3,51 +3,34 @@
 // of tokens: a token's result does not depend on its neighbours.
 #pragma once
 
-#include <immintrin.h>
-
 #include "../../numerics/layout.h"
-#include "../generic/vec.h"
-#include "../kernels.h"
+#include "tiles.h"
 
 namespace nk::cpu {
 namespace {
 
-constexpr size_t kTileRows = 16, kTileInputs = 32;
+constexpr size_t kTileInputs = kRowBytes / sizeof(uint16_t);
 
 // Tiles 0, 1, 2 are sums of `rows` tokens each; 3 and 4 tokens and panel of 32 inputs, 5 and 6 of the last `rest`.
-class TileShapes {
+class MatmulShapes : public TileShapes {
 public:
-    TileShapes(size_t rows, size_t rest) {
-        for (size_t sums = 0; sums < 3; ++sums) set(sums, rows, 64);
-        set(3, rows, 64);
-        set(4, kTileRows, 64);
+    MatmulShapes(size_t rows, size_t rest) {
+        for (size_t tile = 0; tile < 4; ++tile) set(tile, rows);
+        set(4, kTileTokens);
         if (rest) {
             set(5, rows, rest * 2);
-            set(6, rest / 2, 64);
+            set(6, rest / 2);
         }
-        asm volatile("" : : "r"(this) : "memory");  // GCC thinks that the instruction reads a pointer only
-        _tile_loadconfig(this);
+        load();
     }
-    ~TileShapes() { _tile_release(); }
-
-private:
-    void set(size_t tile, size_t rows, size_t bytes) {
-        rows_[tile] = static_cast<uint8_t>(rows);
-        bytes_[tile] = static_cast<uint16_t>(bytes);
-    }
-
-    uint8_t palette_ = 1, start_row_ = 0, reserved_[14] = {};
-    uint16_t bytes_[16] = {};
-    uint8_t rows_[16] = {};
 };
-static_assert(sizeof(TileShapes) == 64, "the operand of ldtilecfg");
 
 // kCount tiles of tokens, in the shapes that are set; tile numbers must be literals.
 template <size_t kCount>
 NK_INLINE void multiply_tiles(const uint16_t* x, size_t stride, const uint16_t* panel, size_t inputs, float* y,
                               size_t ldy) {
     const size_t x_bytes = stride * sizeof(uint16_t), y_bytes = ldy * sizeof(float);
-    const size_t next_x = kTileRows * stride, next_y = kTileRows * ldy;
+    const size_t next_x = kTileTokens * stride, next_y = kTileTokens * ldy;
     _tile_loadd(0, y, y_bytes);
     if (kCount > 1) _tile_loadd(1, y + next_y, y_bytes);
     if (kCount > 2) _tile_loadd(2, y + 2 * next_y, y_bytes);
@@ -85,16 +68,16 @@ NK_INLINE void multiply_tiles(const uint16_t* x, size_t stride, const uint16_t* 
 
 void matmul_bf16(const uint16_t* x, size_t stride, size_t tokens, const uint16_t* panel, size_t inputs, float* y,
                  size_t ldy) {
-    const size_t rest = inputs % kTileInputs, whole = tokens / kTileRows * kTileRows;
+    const size_t rest = inputs % kTileInputs, whole = tokens / kTileTokens * kTileTokens;
     size_t m = 0;
     if (whole) {
-        const TileShapes shapes(kTileRows, rest);
-        for (; m + 3 * kTileRows <= whole; m += 3 * kTileRows)
+        const MatmulShapes shapes(kTileTokens, rest);
+        for (; m + 3 * kTileTokens <= whole; m += 3 * kTileTokens)
             multiply_tiles<3>(x + m * stride, stride, panel, inputs, y + m * ldy, ldy);
-        for (; m < whole; m += kTileRows) multiply_tiles<1>(x + m * stride, stride, panel, inputs, y + m * ldy, ldy);
+        for (; m < whole; m += kTileTokens) multiply_tiles<1>(x + m * stride, stride, panel, inputs, y + m * ldy, ldy);
     }
     if (m < tokens) {
-        const TileShapes shapes(tokens - m, rest);
+        const MatmulShapes shapes(tokens - m, rest);
         multiply_tiles<1>(x + m * stride, stride, panel, inputs, y + m * ldy, ldy);
     }
 }
