@@ -1,4 +1,4 @@
-// The W4A8 product: weights are decoded to int8 panels that stay in cache while all tokens of a block pass over them.
+// The W4A8 linear: the integer product (w4a8_product.h), and scales, low-rank branch and epilogue in fp32.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,67 +11,10 @@
 #include "isa.h"
 #include "lowrank.h"
 #include "ops.h"
-#include "parallel.h"
+#include "w4a8_product.h"
 
 namespace nk::cpu {
 namespace {
-
-// How a product is cut into work items: token blocks x channel blocks, each item over all inputs.
-struct Partition {
-    size_t token_block, channel_block, input_block, token_blocks, channel_blocks;
-    size_t items() const { return token_blocks * channel_blocks; }
-};
-
-Partition partition(const ProductArguments& p, size_t threads) {
-    // Few tokens: 16 KB panels that never leave L1, so that weights stream through once, in order.
-    // Many tokens: panels of at most 512 KB for L2, decoded again for every 512 tokens (1 % of the work there).
-    constexpr size_t kFewTokens = 16, kSmallInputs = 128, kTokens = 512;
-    const size_t tokens = p.tokens, n = p.padded_n, k = p.padded_k;
-    Partition result{};
-    result.token_block = std::min(tokens, kTokens);
-    result.channel_block = kPanelChannels;
-    const size_t input_blocks = (k + kPanelInputs - 1) / kPanelInputs;
-    result.input_block =
-        tokens <= kFewTokens ? std::min(k, kSmallInputs) : ((k / kGroup + input_blocks - 1) / input_blocks) * kGroup;
-    // Enough items that threads finish together; strips of 16 channels are the smallest unit.
-    const auto items = [&] {
-        result.token_blocks = (tokens + result.token_block - 1) / result.token_block;
-        result.channel_blocks = (n + result.channel_block - 1) / result.channel_block;
-        return result.items();
-    };
-    while (items() < 4 * threads && result.channel_block > 32) result.channel_block /= 2;
-    while (items() < 4 * threads && result.token_block > 64) result.token_block = (result.token_block + 1) / 2;
-    return result;
-}
-
-// Calls finish(begin_token, tokens, begin_channel, channels, sums) for every block of the product; `make_finish` makes
-// one such function per thread, so that it can own scratch memory.
-template <class MakeFinish>
-void for_each_block(const Kernels& kernels, const ProductArguments& p, int64_t threads, const MakeFinish& make_finish) {
-    if (!p.tokens) return;
-    const size_t tokens = p.tokens, padded_n = p.padded_n, padded_k = p.padded_k;
-    const size_t workers = useful_threads(threads, (tokens + 16) * padded_n * padded_k);  // decoding costs about 16
-    const Partition cut = partition(p, workers);
-    parallel_for(workers, cut.items(), [&](WorkQueue& queue) {
-        const Buffer<int8_t> panel = make_buffer<int8_t>(cut.channel_block * cut.input_block);
-        const Buffer<int32_t> sums = make_buffer<int32_t>(cut.token_block * cut.channel_block);
-        auto finish = make_finish(cut);
-        for (size_t item; queue.next(item);) {
-            // Channel blocks first: neighbouring items share their tokens in the outer cache.
-            const size_t m0 = item / cut.channel_blocks * cut.token_block;
-            const size_t n0 = item % cut.channel_blocks * cut.channel_block;
-            const size_t count = std::min(cut.token_block, tokens - m0);
-            const size_t channels = std::min(cut.channel_block, padded_n - n0);
-            for (size_t k0 = 0; k0 < padded_k; k0 += cut.input_block) {
-                const size_t inputs = std::min(cut.input_block, padded_k - k0);
-                kernels.decode_panel(p.qweight, p.multipliers, padded_k, n0, channels, k0, inputs, panel.get());
-                kernels.accumulate_panel(p.codes + m0 * padded_k + k0, padded_k, count, panel.get(), channels, inputs,
-                                         k0 > 0, sums.get());
-            }
-            finish(m0, count, n0, channels, sums.get());
-        }
-    });
-}
 
 RowOperand operand_row(FloatTensor tensor, size_t offset) {
     if (!tensor.data) return {nullptr, DType::f32};
@@ -130,15 +73,15 @@ private:
 // The fp32 tail of one thread.
 class Tail {
 public:
-    Tail(const Kernels& kernels, const LinearArguments& arguments, const Hidden& hidden, const Partition& cut)
+    Tail(const Kernels& kernels, const LinearArguments& arguments, const Hidden& hidden)
         : kernels_(kernels),
           a_(arguments),
           hidden_(hidden),
           rank_(hidden.rank()),
-          up_(make_buffer<float>(hidden.pairs() ? 0 : rank_ * cut.channel_block)),
-          bf16_up_(make_buffer<uint16_t>(hidden.pairs() ? rank_ * cut.channel_block : 0)) {}
+          up_(make_buffer<float>(hidden.pairs() ? 0 : rank_ * kPanelChannels)),
+          bf16_up_(make_buffer<uint16_t>(hidden.pairs() ? rank_ * kPanelChannels : 0)) {}
 
-    void operator()(size_t m0, size_t tokens, size_t n0, size_t channels, const int32_t* sums) {
+    void operator()(size_t m0, size_t tokens, size_t n0, size_t channels, const int32_t* sums, size_t stride) {
         const size_t out_features = a_.out_features;
         if (n0 >= out_features) return;
         const size_t kept = std::min(channels, out_features - n0);
@@ -153,7 +96,8 @@ public:
                 unpack_lowrank(kernels_, a_.proj_up, rank_, n0, channels, LowrankSide::up, up_.get());
         }
         for (size_t m = 0; m < tokens; m += kRows)
-            rows(m0 + m, std::min(kRows, tokens - m), n0, channels, kept, sums + m * channels, column_scales, biases);
+            rows(m0 + m, std::min(kRows, tokens - m), n0, channels, kept, sums + m * stride, stride, column_scales,
+                 biases);
     }
 
 private:
@@ -163,12 +107,12 @@ private:
 
     static constexpr size_t kRows = 48;  // tokens that share one pass over the low-rank factor
 
-    void rows(size_t m0, size_t tokens, size_t n0, size_t channels, size_t kept, const int32_t* sums,
+    void rows(size_t m0, size_t tokens, size_t n0, size_t channels, size_t kept, const int32_t* sums, size_t stride,
               const float* wcscales, const float* bias) {
         alignas(64) float y[kRows * kPanelChannels];
         for (size_t i = 0; i < tokens; ++i)
-            kernels_.dequantize_row(sums + i * channels, a_.ascales[m0 + i], a_.row_scales + n0, wcscales, bias,
-                                    channels, y + i * channels);
+            kernels_.dequantize_row(sums + i * stride, a_.ascales[m0 + i], a_.row_scales + n0, wcscales, bias, channels,
+                                    y + i * channels);
         for (size_t c = 0; c < channels; c += 16)
             for (const Range& ranks : used_) {
                 const size_t strip = c * rank_ + ranks.begin * 16, inner = ranks.end - ranks.begin;
@@ -226,10 +170,10 @@ void w4a8_accumulate(const ProductArguments& product, int32_t* sums, int64_t thr
     require(threads > 0, "threads", "at least 1", threads);
     if (product.tokens) require_pointer(sums, "out");
     const size_t padded_n = product.padded_n;
-    for_each_block(kernels, product, threads, [&](const Partition&) {
-        return [&](size_t m0, size_t tokens, size_t n0, size_t channels, const int32_t* block) {
+    for_each_block(kernels, product, threads, [&] {
+        return [&](size_t m0, size_t tokens, size_t n0, size_t channels, const int32_t* block, size_t stride) {
             for (size_t m = 0; m < tokens; ++m)
-                std::copy_n(block + m * channels, channels, sums + (m0 + m) * padded_n + n0);
+                std::copy_n(block + m * stride, channels, sums + (m0 + m) * padded_n + n0);
         };
     });
 }
@@ -239,8 +183,7 @@ void w4a8_linear(const LinearArguments& arguments, int64_t threads, const std::s
     validate(arguments);
     require(threads > 0, "threads", "at least 1", threads);
     const Hidden hidden(kernels, arguments);
-    for_each_block(kernels, arguments.product, threads,
-                   [&](const Partition& cut) { return Tail(kernels, arguments, hidden, cut); });
+    for_each_block(kernels, arguments.product, threads, [&] { return Tail(kernels, arguments, hidden); });
 }
 
 }  // namespace nk::cpu
