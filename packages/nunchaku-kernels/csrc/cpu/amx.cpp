@@ -6,6 +6,7 @@
 #include "avx2/decode_panel.h"
 #include "avx2/lowrank_pairs.h"
 #include "avx2/lowrank_tile.h"
+#include "avx512bf16/convert.h"
 #include "avx512vnni/accumulate_panel.h"
 #include "avx512vnni/awq_lookup.h"
 #include "generic/epilogue.h"
@@ -28,10 +29,24 @@ constexpr TileKernels tile_kernels = {
 
 extern const Kernels amx_kernels;
 const Kernels amx_kernels = {
-    "amx",         to_float_array, from_float_array, matmul,           lowrank_tile,
-    fold_strip,    quantize_token, decode_panel,     accumulate_panel, dequantize_row,
-    finish_row,    awq_decode,     awq_product,      nullptr,          matmul_bf16,
-    lowrank_pairs, true,           l1_change,        &tile_kernels,
+    "amx",
+    to_float_array,
+    from_float_array_fast,
+    matmul,
+    lowrank_tile,
+    fold_strip,
+    quantize_token,
+    decode_panel,
+    accumulate_panel,
+    dequantize_row,
+    finish_row<from_float_array_fast>,
+    awq_decode,
+    awq_product,
+    nullptr,
+    matmul_bf16,
+    lowrank_pairs,
+    l1_change,
+    &tile_kernels,
 };
 
 }  // namespace nk::cpu

@@ -17,10 +17,24 @@ namespace nk::cpu {
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    "avx512bf16",  to_float_array, from_float_array, matmul,           lowrank_tile,
-    fold_strip,    quantize_token, decode_panel,     accumulate_panel, dequantize_row,
-    finish_row,    awq_decode,     awq_product,      awq_decode_bf16,  matmul_bf16,
-    lowrank_pairs, false,          l1_change,        nullptr,
+    "avx512bf16",
+    to_float_array,
+    from_float_array,
+    matmul,
+    lowrank_tile,
+    fold_strip,
+    quantize_token,
+    decode_panel,
+    accumulate_panel,
+    dequantize_row,
+    finish_row<from_float_array>,
+    awq_decode,
+    awq_product,
+    awq_decode_bf16,
+    matmul_bf16,
+    lowrank_pairs,
+    l1_change,
+    nullptr,
 };
 
 }  // namespace nk::cpu

@@ -14,10 +14,24 @@ namespace nk::cpu {
 
 extern const Kernels avx512vnni_kernels;
 const Kernels avx512vnni_kernels = {
-    "avx512vnni", to_float_array, from_float_array, matmul,           lowrank_tile,
-    fold_strip,   quantize_token, decode_panel,     accumulate_panel, dequantize_row,
-    finish_row,   awq_decode,     awq_product,      nullptr,          nullptr,
-    nullptr,      false,          l1_change,        nullptr,
+    "avx512vnni",
+    to_float_array,
+    from_float_array,
+    matmul,
+    lowrank_tile,
+    fold_strip,
+    quantize_token,
+    decode_panel,
+    accumulate_panel,
+    dequantize_row,
+    finish_row<from_float_array>,
+    awq_decode,
+    awq_product,
+    nullptr,
+    nullptr,
+    nullptr,
+    l1_change,
+    nullptr,
 };
 
 }  // namespace nk::cpu

@@ -46,11 +46,11 @@ struct TileKernels {
     void (*awq_decode_bf16)(const AwqQuad& first, size_t quads, size_t k0, size_t inputs, uint16_t* panel);
 
     // sums[16 tiles tokens, 16 strips channels] += tokens panel^T over one block of inputs: fp32 sums of bf16, exact
-    // int32 sums of int8. `stride` is that of the sums, in elements.
-    void (*multiply_bf16)(const void* tokens, size_t tiles, const void* panel, size_t strips, size_t bytes, void* sums,
-                          size_t stride);
-    void (*multiply_int8)(const void* tokens, size_t tiles, const void* panel, size_t strips, size_t bytes, void* sums,
-                          size_t stride);
+    // int32 sums of int8. The sums' rows are `stride` elements apart, tiles of tokens `next_tile` bytes.
+    void (*multiply_bf16)(const void* tokens, size_t next_tile, size_t tiles, const void* panel, size_t strips,
+                          size_t bytes, void* sums, size_t stride);
+    void (*multiply_int8)(const void* tokens, size_t next_tile, size_t tiles, const void* panel, size_t strips,
+                          size_t bytes, void* sums, size_t stride);
 };
 
 struct Kernels {
@@ -109,9 +109,6 @@ struct Kernels {
     void (*matmul_bf16)(const uint16_t* x, size_t stride, size_t tokens, const uint16_t* panel, size_t inputs, float* y,
                         size_t ldy);
     void (*lowrank_pairs)(const uint16_t* tile, uint16_t* panel);
-
-    // Whether two bf16 products take less time than one in fp32.
-    bool fast_bf16;
 
     // sums[0] = sum |previous - (current - origin)|, sums[1] = sum |previous|; the difference current - origin is
     // rounded to `dtype`, a null origin is 0.

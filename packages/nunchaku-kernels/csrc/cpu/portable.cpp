@@ -12,10 +12,24 @@ namespace nk::cpu {
 
 extern const Kernels portable_kernels;
 const Kernels portable_kernels = {
-    "portable", to_float_array, from_float_array, matmul,           lowrank_tile,
-    fold_strip, quantize_token, decode_panel,     accumulate_panel, dequantize_row,
-    finish_row, awq_decode,     nullptr,          nullptr,          nullptr,
-    nullptr,    false,          l1_change,        nullptr,
+    "portable",
+    to_float_array,
+    from_float_array,
+    matmul,
+    lowrank_tile,
+    fold_strip,
+    quantize_token,
+    decode_panel,
+    accumulate_panel,
+    dequantize_row,
+    finish_row<from_float_array>,
+    awq_decode,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    l1_change,
+    nullptr,
 };
 
 }  // namespace nk::cpu

@@ -52,10 +52,11 @@ NK_INLINE vf activate(vf y, Activation activation) {
     return y;
 }
 
+template <void (*kFromFloat)(const float* src, DType dtype, size_t count, void* dst)>
 void finish_row(float* y, size_t channels, Activation activation, RowOperand gate, RowOperand residual, void* out,
                 DType out_dtype) {
     const bool plain = activation == Activation::none && !gate.data && !residual.data;
-    if (plain && out_dtype != DType::f16) return from_float_array(y, out_dtype, channels, out);
+    if (plain && out_dtype != DType::f16) return kFromFloat(y, out_dtype, channels, out);
     alignas(32) float gates[kPanelChannels], residuals[kPanelChannels];
     if (gate.data) to_float_array(gate.data, gate.dtype, channels, gates);
     if (residual.data) to_float_array(residual.data, residual.dtype, channels, residuals);
@@ -66,7 +67,7 @@ void finish_row(float* y, size_t channels, Activation activation, RowOperand gat
         if (out_dtype == DType::f16) value = clamp(value, 65504.0f);  // as the published kernels store fp16
         store(y + n, value);
     }
-    from_float_array(y, out_dtype, channels, out);
+    kFromFloat(y, out_dtype, channels, out);
 }
 
 }  // namespace
