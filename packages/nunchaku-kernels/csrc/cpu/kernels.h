@@ -35,7 +35,7 @@ struct AwqQuad {
 // same inputs for 16 channels, in words of 32 bits (four int8, or two bf16 inputs). Work is cut into blocks of inputs:
 // the tokens' tiles are [block][16 tokens][64 bytes of the block], a panel's [16 channels][64 bytes of the block].
 constexpr size_t kTileTokens = 16;
-constexpr size_t kTileInputBytes = 512;  // of a block; 32 tokens and 32 channels of it fit the first-level cache
+constexpr size_t kTileInputBytes = 1024;  // of a block; 32 tokens of it fit the first-level cache
 
 struct TileKernels {
     // Up to 16 tokens, `stride` bytes apart, to tiles; `bytes` of inputs, a multiple of 64. Absent tokens are zeros.

@@ -20,55 +20,66 @@ enum class Element { int8, bf16 };
         _tile_dpbf16ps(sums, tokens, panel);   \
     }
 
-// kTokens x kStrips tiles of sums (0-3), over `steps` tiles of tokens (4, 5) and panel (6, 7).
+// The arguments of a product (kernels.h) in bytes.
+struct Operands {
+    const char* tokens;
+    size_t next_tile, tiles;
+    const char* panel;
+    size_t strips, steps;  // of 64 bytes of inputs
+    char* sums;
+    size_t row_bytes;
+};
+
+// Panel and sums are loaded as streams, which leaves the first-level cache to the tokens: each tile of tokens there
+// meets all strips.
+
+// kTokens x kStrips tiles of sums (0-3) from tile `m` and strip `s` on, over all steps, with tiles of tokens (4, 5) and
+// panel (6, 7). Every step fetches `share` bytes from `ahead` on.
 template <Element kElement, size_t kTokens, size_t kStrips>
-NK_INLINE void multiply_block(const char* tokens, size_t next_tile, const char* panel, size_t steps, char* sums,
-                              size_t row_bytes, const char* ahead, size_t share) {
-    const size_t size = steps * kTileBytes, next_sums = kTileTokens * row_bytes;
-    _tile_loadd(0, sums, row_bytes);
-    if (kStrips > 1) _tile_loadd(1, sums + kRowBytes, row_bytes);
-    if (kTokens > 1) _tile_loadd(2, sums + next_sums, row_bytes);
-    if (kTokens > 1 && kStrips > 1) _tile_loadd(3, sums + next_sums + kRowBytes, row_bytes);
-    for (size_t offset = 0; offset < size; offset += kTileBytes) {
+NK_INLINE void multiply_block(const Operands& o, size_t m, size_t s, const char* ahead, size_t share) {
+    const char *t0 = o.tokens + m * o.next_tile, *t1 = t0 + o.next_tile;
+    const char *w0 = o.panel + s * o.steps * kTileBytes, *w1 = w0 + o.steps * kTileBytes;
+    char* y0 = o.sums + m * kTileTokens * o.row_bytes + s * kRowBytes;
+    char* y1 = y0 + kTileTokens * o.row_bytes;
+    _tile_stream_loadd(0, y0, o.row_bytes);
+    if (kStrips > 1) _tile_stream_loadd(1, y0 + kRowBytes, o.row_bytes);
+    if (kTokens > 1) _tile_stream_loadd(2, y1, o.row_bytes);
+    if (kTokens > 1 && kStrips > 1) _tile_stream_loadd(3, y1 + kRowBytes, o.row_bytes);
+    for (size_t offset = 0; offset < o.steps * kTileBytes; offset += kTileBytes) {
         for (const char* end = ahead + share; ahead < end; ahead += kRowBytes) _mm_prefetch(ahead, _MM_HINT_T0);
-        _tile_loadd(4, tokens + offset, kRowBytes);
-        _tile_loadd(6, panel + offset, kRowBytes);
+        _tile_loadd(4, t0 + offset, kRowBytes);
+        _tile_stream_loadd(6, w0 + offset, kRowBytes);
         NK_MULTIPLY(0, 4, 6)
         if (kStrips > 1) {
-            _tile_loadd(7, panel + size + offset, kRowBytes);
+            _tile_stream_loadd(7, w1 + offset, kRowBytes);
             NK_MULTIPLY(1, 4, 7)
         }
         if (kTokens > 1) {
-            _tile_loadd(5, tokens + next_tile + offset, kRowBytes);
+            _tile_loadd(5, t1 + offset, kRowBytes);
             NK_MULTIPLY(2, 5, 6)
             if (kStrips > 1) {
                 NK_MULTIPLY(3, 5, 7)
             }
         }
     }
-    _tile_stored(0, sums, row_bytes);
-    if (kStrips > 1) _tile_stored(1, sums + kRowBytes, row_bytes);
-    if (kTokens > 1) _tile_stored(2, sums + next_sums, row_bytes);
-    if (kTokens > 1 && kStrips > 1) _tile_stored(3, sums + next_sums + kRowBytes, row_bytes);
+    _tile_stored(0, y0, o.row_bytes);
+    if (kStrips > 1) _tile_stored(1, y0 + kRowBytes, o.row_bytes);
+    if (kTokens > 1) _tile_stored(2, y1, o.row_bytes);
+    if (kTokens > 1 && kStrips > 1) _tile_stored(3, y1 + kRowBytes, o.row_bytes);
 }
 
 #undef NK_MULTIPLY
 
-// kTokens tiles of tokens with all strips of a panel; those tokens stay in the first-level cache meanwhile, and the
-// next ones are fetched.
+// kTokens tiles of tokens with all strips; those tokens stay in the first-level cache meanwhile, and the next ones are
+// fetched.
 template <Element kElement, size_t kTokens>
-NK_INLINE void multiply_row(const char* tokens, size_t next_tile, const char* panel, size_t strips, size_t steps,
-                            char* sums, size_t row_bytes) {
-    const size_t size = steps * kTileBytes;
-    const char* ahead = tokens + kTokens * next_tile;
-    const size_t share = kTokens * kTileBytes / ((strips + 1) / 2);  // to fetch in every step
+NK_INLINE void multiply_row(const Operands& o, size_t m) {
+    const char* ahead = o.tokens + (m + kTokens) * o.next_tile;
+    const size_t share = kTokens * kTileBytes / ((o.strips + 1) / 2);
     size_t s = 0;
-    for (; s + 2 <= strips; s += 2)
-        multiply_block<kElement, kTokens, 2>(tokens, next_tile, panel + s * size, steps, sums + s * kRowBytes,
-                                             row_bytes, ahead + s / 2 * steps * share, share);
-    if (s < strips)
-        multiply_block<kElement, kTokens, 1>(tokens, next_tile, panel + s * size, steps, sums + s * kRowBytes,
-                                             row_bytes, ahead + s / 2 * steps * share, share);
+    for (; s + 2 <= o.strips; s += 2, ahead += o.steps * share)
+        multiply_block<kElement, kTokens, 2>(o, m, s, ahead, share);
+    if (s < o.strips) multiply_block<kElement, kTokens, 1>(o, m, s, ahead, share);
 }
 
 template <Element kElement>
@@ -77,16 +88,17 @@ void multiply_tiles(const void* tokens, size_t next_tile, size_t tiles, const vo
     TileShapes shapes;
     for (size_t tile = 0; tile < 8; ++tile) shapes.set(tile, kTileTokens);
     shapes.load();
-    const size_t steps = bytes / kRowBytes, row_bytes = stride * sizeof(int32_t);
-    const char *t = static_cast<const char*>(tokens), *w = static_cast<const char*>(panel);
-    char* y = static_cast<char*>(sums);
+    const Operands o = {static_cast<const char*>(tokens),
+                        next_tile,
+                        tiles,
+                        static_cast<const char*>(panel),
+                        strips,
+                        bytes / kRowBytes,
+                        static_cast<char*>(sums),
+                        stride * sizeof(int32_t)};
     size_t m = 0;
-    for (; m + 2 <= tiles; m += 2)
-        multiply_row<kElement, 2>(t + m * next_tile, next_tile, w, strips, steps, y + m * kTileTokens * row_bytes,
-                                  row_bytes);
-    if (m < tiles)
-        multiply_row<kElement, 1>(t + m * next_tile, next_tile, w, strips, steps, y + m * kTileTokens * row_bytes,
-                                  row_bytes);
+    for (; m + 2 <= tiles; m += 2) multiply_row<kElement, 2>(o, m);
+    if (m < tiles) multiply_row<kElement, 1>(o, m);
 }
 
 }  // namespace
