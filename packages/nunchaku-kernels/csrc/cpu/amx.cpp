@@ -1,7 +1,9 @@
 // The AMX table: products of many tokens in tiles, the rest as for AVX-512 BF16.
 #include "amx/awq_tiles.h"
+#include "amx/dequantize_row.h"
 #include "amx/matmul.h"
 #include "amx/multiply_tiles.h"
+#include "amx/quantize_token.h"
 #include "avx2/awq.h"
 #include "avx2/decode_panel.h"
 #include "avx2/lowrank_pairs.h"
@@ -13,7 +15,6 @@
 #include "generic/fold_strip.h"
 #include "generic/l1_change.h"
 #include "generic/matmul.h"
-#include "generic/quantize_token.h"
 
 namespace nk::cpu {
 namespace {
@@ -35,10 +36,10 @@ const Kernels amx_kernels = {
     matmul,
     lowrank_tile,
     fold_strip,
-    quantize_token,
+    quantize_token_wide,
     decode_panel,
     accumulate_panel,
-    dequantize_row,
+    dequantize_row_wide,
     finish_row<from_float_array_fast>,
     awq_decode,
     awq_product,

@@ -45,12 +45,12 @@ struct TileKernels {
     // of missing quads hold anything.
     void (*awq_decode_bf16)(const AwqQuad& first, size_t quads, size_t k0, size_t inputs, uint16_t* panel);
 
-    // sums[16 tiles tokens, 16 strips channels] += tokens panel^T over one block of inputs: fp32 sums of bf16, exact
+    // sums[16 tiles tokens, 16 strips channels] (+)= tokens panel^T over one block of inputs: fp32 sums of bf16, exact
     // int32 sums of int8. The sums' rows are `stride` elements apart, tiles of tokens `next_tile` bytes.
     void (*multiply_bf16)(const void* tokens, size_t next_tile, size_t tiles, const void* panel, size_t strips,
-                          size_t bytes, void* sums, size_t stride);
+                          size_t bytes, bool accumulate, void* sums, size_t stride);
     void (*multiply_int8)(const void* tokens, size_t next_tile, size_t tiles, const void* panel, size_t strips,
-                          size_t bytes, void* sums, size_t stride);
+                          size_t bytes, bool accumulate, void* sums, size_t stride);
 };
 
 struct Kernels {

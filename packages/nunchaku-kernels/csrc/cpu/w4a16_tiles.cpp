@@ -64,7 +64,7 @@ void w4a16_linear_tiles(const Kernels& kernels, const AwqArguments& a, size_t th
                     tiles.awq_decode_bf16(first, std::min(kStrip, channels - n) / 4, k0, length, &panel[n * length]);
                 }
                 tiles.multiply_bf16(x.block(m0 / kTileTokens, k0 * kSize, length * kSize), length * kSize * kTileTokens,
-                                    token_tiles, panel.get(), strips, length * kSize, y.get(), stride);
+                                    token_tiles, panel.get(), strips, length * kSize, true, y.get(), stride);
             }
             for (size_t m = 0; m < count; ++m)
                 kernels.from_float(&y[m * stride], out_dtype, channels,

@@ -130,7 +130,7 @@ private:
                 kernels_.tiles->multiply_bf16(hidden_.tiles(m0, ranks.begin), hidden_.bytes_per_tile(),
                                               (tokens + kTileTokens - 1) / kTileTokens,
                                               &split_up_[2 * ranks.begin * channels], channels / kStrip,
-                                              inner * 2 * sizeof(uint16_t), y, channels);
+                                              inner * 2 * sizeof(uint16_t), true, y, channels);
             else
                 for (size_t c = 0; c < channels; c += kStrip)
                     kernels_.matmul(hidden_.fp32(m0) + ranks.begin, rank_, tokens, &up_[c * rank_ + ranks.begin * 16],

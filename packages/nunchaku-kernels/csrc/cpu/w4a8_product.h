@@ -93,12 +93,12 @@ void multiply_in_tiles(const Kernels& kernels, const ProductArguments& p, size_t
             const size_t count = std::min(cut.token_block, tokens - m0);
             const size_t channels = std::min(cut.channel_block, padded_n - n0);
             const size_t token_tiles = (count + kTileTokens - 1) / kTileTokens;
-            std::fill_n(sums.get(), token_tiles * kTileTokens * stride, 0);
             for (size_t k0 = 0; k0 < padded_k; k0 += cut.input_block) {
                 const size_t inputs = std::min(cut.input_block, padded_k - k0);
                 kernels.decode_panel(p.qweight, p.multipliers, padded_k, n0, channels, k0, inputs, panel.get());
                 kernels.tiles->multiply_int8(codes.block(m0 / kTileTokens, k0, inputs), inputs * kTileTokens,
-                                             token_tiles, panel.get(), channels / kStrip, inputs, sums.get(), stride);
+                                             token_tiles, panel.get(), channels / kStrip, inputs, k0 > 0, sums.get(),
+                                             stride);
             }
             for (size_t n = 0; n < channels; n += kPanelChannels)
                 finish(m0, count, n0 + n, std::min(kPanelChannels, channels - n), &sums[n], stride);

@@ -26,6 +26,7 @@ struct Operands {
     size_t next_tile, tiles;
     const char* panel;
     size_t strips, steps;  // of 64 bytes of inputs
+    bool accumulate;
     char* sums;
     size_t row_bytes;
 };
@@ -41,10 +42,17 @@ NK_INLINE void multiply_block(const Operands& o, size_t m, size_t s, const char*
     const char *w0 = o.panel + s * o.steps * kTileBytes, *w1 = w0 + o.steps * kTileBytes;
     char* y0 = o.sums + m * kTileTokens * o.row_bytes + s * kRowBytes;
     char* y1 = y0 + kTileTokens * o.row_bytes;
-    _tile_stream_loadd(0, y0, o.row_bytes);
-    if (kStrips > 1) _tile_stream_loadd(1, y0 + kRowBytes, o.row_bytes);
-    if (kTokens > 1) _tile_stream_loadd(2, y1, o.row_bytes);
-    if (kTokens > 1 && kStrips > 1) _tile_stream_loadd(3, y1 + kRowBytes, o.row_bytes);
+    if (o.accumulate) {
+        _tile_stream_loadd(0, y0, o.row_bytes);
+        if (kStrips > 1) _tile_stream_loadd(1, y0 + kRowBytes, o.row_bytes);
+        if (kTokens > 1) _tile_stream_loadd(2, y1, o.row_bytes);
+        if (kTokens > 1 && kStrips > 1) _tile_stream_loadd(3, y1 + kRowBytes, o.row_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (size_t offset = 0; offset < o.steps * kTileBytes; offset += kTileBytes) {
         for (const char* end = ahead + share; ahead < end; ahead += kRowBytes) _mm_prefetch(ahead, _MM_HINT_T0);
         _tile_loadd(4, t0 + offset, kRowBytes);
@@ -84,7 +92,7 @@ NK_INLINE void multiply_row(const Operands& o, size_t m) {
 
 template <Element kElement>
 void multiply_tiles(const void* tokens, size_t next_tile, size_t tiles, const void* panel, size_t strips, size_t bytes,
-                    void* sums, size_t stride) {
+                    bool accumulate, void* sums, size_t stride) {
     TileShapes shapes;
     for (size_t tile = 0; tile < 8; ++tile) shapes.set(tile, kTileTokens);
     shapes.load();
@@ -94,6 +102,7 @@ void multiply_tiles(const void* tokens, size_t next_tile, size_t tiles, const vo
                         static_cast<const char*>(panel),
                         strips,
                         bytes / kRowBytes,
+                        accumulate,
                         static_cast<char*>(sums),
                         stride * sizeof(int32_t)};
     size_t m = 0;

@@ -11,6 +11,20 @@ namespace {
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
+// What a token's largest magnitude, as bits, makes of it: its scale, and the factor to its codes if any is not zero.
+// Without codes are a token that is not finite, which gets NaN, zeros, and maxima below 2^-121.
+struct TokenScale {
+    explicit TokenScale(uint32_t maximum_bits) {
+        const float maximum = float_from_bits(maximum_bits);
+        factor = 127.0f / maximum;
+        const bool finite = maximum_bits < kInfinityBits;
+        has_codes = finite && bits_from_float(factor) != kInfinityBits;
+        scale = has_codes ? maximum / 127.0f : finite ? 1.0f : float_from_bits(0x7fc00000u);
+    }
+    float factor, scale;
+    bool has_codes;
+};
+
 float quantize_token(const float* x, size_t channels, float shift, const float* reciprocal, float* t, int8_t* codes) {
     const size_t whole = channels / kLanes * kLanes;
     // Magnitudes compare like their bit patterns, and Inf and NaN are the largest ones.
@@ -33,18 +47,18 @@ float quantize_token(const float* x, size_t channels, float shift, const float* 
         if (magnitude > maximum_bits) maximum_bits = magnitude;
     }
 
-    const float maximum = float_from_bits(maximum_bits);
-    const float scale = 127.0f / maximum;
-    if (maximum_bits >= kInfinityBits || bits_from_float(scale) == kInfinityBits) {
-        memset(codes, 0, channels);  // non-finite, or nothing: zeros and maxima below 2^-121
-        return maximum_bits >= kInfinityBits ? float_from_bits(0x7fc00000u) : 1.0f;
+    const TokenScale token(maximum_bits);
+    if (!token.has_codes) {
+        memset(codes, 0, channels);
+        return token.scale;
     }
     for (size_t k = 0; k < whole; k += kLanes) {
-        const vf rounded = load<vf>(t + k) * scale + kRounder;
+        const vf rounded = load<vf>(t + k) * token.factor + kRounder;
         store(codes + k, __builtin_convertvector(reinterpret_cast<vi>(rounded), vb));
     }
-    for (size_t k = whole; k < channels; ++k) codes[k] = static_cast<int8_t>(bits_from_float(t[k] * scale + kRounder));
-    return maximum / 127.0f;
+    for (size_t k = whole; k < channels; ++k)
+        codes[k] = static_cast<int8_t>(bits_from_float(t[k] * token.factor + kRounder));
+    return token.scale;
 }
 
 }  // namespace
