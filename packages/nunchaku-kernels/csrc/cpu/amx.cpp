@@ -1,7 +1,6 @@
 // The AMX table: products of many tokens in tiles, the rest as for AVX-512 BF16.
 #include "amx/awq_tiles.h"
 #include "amx/dequantize_row.h"
-#include "amx/matmul.h"
 #include "amx/multiply_tiles.h"
 #include "amx/quantize_token.h"
 #include "avx2/awq.h"
@@ -9,6 +8,7 @@
 #include "avx2/lowrank_pairs.h"
 #include "avx2/lowrank_tile.h"
 #include "avx512bf16/convert.h"
+#include "avx512bf16/matmul.h"
 #include "avx512vnni/accumulate_panel.h"
 #include "avx512vnni/awq_lookup.h"
 #include "generic/epilogue.h"

@@ -34,7 +34,7 @@ struct AwqQuad {
 // Products in matrix tiles. A tile is 1 KB: of tokens, 16 rows of 64 bytes of inputs; of a panel, 16 rows that hold the
 // same inputs for 16 channels, in words of 32 bits (four int8, or two bf16 inputs). Work is cut into blocks of inputs:
 // the tokens' tiles are [block][16 tokens][64 bytes of the block], a panel's [16 channels][64 bytes of the block].
-constexpr size_t kTileTokens = 16;
+constexpr size_t kTileTokens = 16, kTileRowBytes = 64;
 constexpr size_t kTileInputBytes = 1024;  // of a block; 32 tokens of it fit the first-level cache
 
 struct TileKernels {

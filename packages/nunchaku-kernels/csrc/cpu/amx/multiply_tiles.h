@@ -8,7 +8,7 @@
 namespace nk::cpu {
 namespace {
 
-constexpr size_t kTileBytes = kTileTokens * kRowBytes;
+constexpr size_t kTileBytes = kTileTokens * kTileRowBytes;
 
 enum class Element { int8, bf16 };
 
@@ -40,13 +40,13 @@ template <Element kElement, size_t kTokens, size_t kStrips>
 NK_INLINE void multiply_block(const Operands& o, size_t m, size_t s, const char* ahead, size_t share) {
     const char *t0 = o.tokens + m * o.next_tile, *t1 = t0 + o.next_tile;
     const char *w0 = o.panel + s * o.steps * kTileBytes, *w1 = w0 + o.steps * kTileBytes;
-    char* y0 = o.sums + m * kTileTokens * o.row_bytes + s * kRowBytes;
+    char* y0 = o.sums + m * kTileTokens * o.row_bytes + s * kTileRowBytes;
     char* y1 = y0 + kTileTokens * o.row_bytes;
     if (o.accumulate) {
         _tile_stream_loadd(0, y0, o.row_bytes);
-        if (kStrips > 1) _tile_stream_loadd(1, y0 + kRowBytes, o.row_bytes);
+        if (kStrips > 1) _tile_stream_loadd(1, y0 + kTileRowBytes, o.row_bytes);
         if (kTokens > 1) _tile_stream_loadd(2, y1, o.row_bytes);
-        if (kTokens > 1 && kStrips > 1) _tile_stream_loadd(3, y1 + kRowBytes, o.row_bytes);
+        if (kTokens > 1 && kStrips > 1) _tile_stream_loadd(3, y1 + kTileRowBytes, o.row_bytes);
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -54,16 +54,16 @@ NK_INLINE void multiply_block(const Operands& o, size_t m, size_t s, const char*
         _tile_zero(3);
     }
     for (size_t offset = 0; offset < o.steps * kTileBytes; offset += kTileBytes) {
-        for (const char* end = ahead + share; ahead < end; ahead += kRowBytes) _mm_prefetch(ahead, _MM_HINT_T0);
-        _tile_loadd(4, t0 + offset, kRowBytes);
-        _tile_stream_loadd(6, w0 + offset, kRowBytes);
+        for (const char* end = ahead + share; ahead < end; ahead += kTileRowBytes) _mm_prefetch(ahead, _MM_HINT_T0);
+        _tile_loadd(4, t0 + offset, kTileRowBytes);
+        _tile_stream_loadd(6, w0 + offset, kTileRowBytes);
         NK_MULTIPLY(0, 4, 6)
         if (kStrips > 1) {
-            _tile_stream_loadd(7, w1 + offset, kRowBytes);
+            _tile_stream_loadd(7, w1 + offset, kTileRowBytes);
             NK_MULTIPLY(1, 4, 7)
         }
         if (kTokens > 1) {
-            _tile_loadd(5, t1 + offset, kRowBytes);
+            _tile_loadd(5, t1 + offset, kTileRowBytes);
             NK_MULTIPLY(2, 5, 6)
             if (kStrips > 1) {
                 NK_MULTIPLY(3, 5, 7)
@@ -71,9 +71,9 @@ NK_INLINE void multiply_block(const Operands& o, size_t m, size_t s, const char*
         }
     }
     _tile_stored(0, y0, o.row_bytes);
-    if (kStrips > 1) _tile_stored(1, y0 + kRowBytes, o.row_bytes);
+    if (kStrips > 1) _tile_stored(1, y0 + kTileRowBytes, o.row_bytes);
     if (kTokens > 1) _tile_stored(2, y1, o.row_bytes);
-    if (kTokens > 1 && kStrips > 1) _tile_stored(3, y1 + kRowBytes, o.row_bytes);
+    if (kTokens > 1 && kStrips > 1) _tile_stored(3, y1 + kTileRowBytes, o.row_bytes);
 }
 
 #undef NK_MULTIPLY
@@ -101,7 +101,7 @@ void multiply_tiles(const void* tokens, size_t next_tile, size_t tiles, const vo
                         tiles,
                         static_cast<const char*>(panel),
                         strips,
-                        bytes / kRowBytes,
+                        bytes / kTileRowBytes,
                         accumulate,
                         static_cast<char*>(sums),
                         stride * sizeof(int32_t)};

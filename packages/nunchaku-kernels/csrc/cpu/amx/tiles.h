@@ -12,12 +12,10 @@
 namespace nk::cpu {
 namespace {
 
-constexpr size_t kRowBytes = 64;
-
 // Sets tile shapes for the calling thread while it lives; a tile that is not set may not be used.
 class TileShapes {
 public:
-    void set(size_t tile, size_t rows, size_t bytes = kRowBytes) {
+    void set(size_t tile, size_t rows, size_t bytes = kTileRowBytes) {
         rows_[tile] = static_cast<uint8_t>(rows);
         bytes_[tile] = static_cast<uint16_t>(bytes);
     }
@@ -35,8 +33,8 @@ private:
 static_assert(sizeof(TileShapes) == 64, "the operand of ldtilecfg");
 
 void pack_tokens(const char* tokens, ptrdiff_t stride, size_t count, size_t bytes, char* tiles) {
-    for (size_t k = 0; k < bytes; k += kRowBytes)
-        for (size_t m = 0; m < kTileTokens; ++m, tiles += kRowBytes)
+    for (size_t k = 0; k < bytes; k += kTileRowBytes)
+        for (size_t m = 0; m < kTileTokens; ++m, tiles += kTileRowBytes)
             _mm512_store_si512(tiles, m < count ? load<__m512i>(tokens + static_cast<ptrdiff_t>(m) * stride + k)
                                                 : _mm512_setzero_si512());
 }
