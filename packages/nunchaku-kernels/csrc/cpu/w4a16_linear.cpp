@@ -24,11 +24,10 @@ enum class Path {
 };
 
 Path choose_path(const Kernels& kernels, size_t tokens, DType x_dtype, DType scales_dtype) {
-    if (tokens <= kFewTokens && kernels.awq_product) return Path::few_tokens;
     const bool all_bf16 = x_dtype == DType::bf16 && scales_dtype == DType::bf16;
-    if (!all_bf16) return Path::fp32_panel;
-    if (kernels.tiles) return Path::bf16_tiles;
-    return kernels.matmul_bf16 ? Path::bf16_panel : Path::fp32_panel;
+    if (tokens > 1 && all_bf16 && kernels.tiles) return Path::bf16_tiles;
+    if (tokens <= kFewTokens && kernels.awq_product) return Path::few_tokens;
+    return all_bf16 && kernels.matmul_bf16 && kernels.awq_decode_bf16 ? Path::bf16_panel : Path::fp32_panel;
 }
 
 }  // namespace

@@ -108,7 +108,7 @@ void multiply_in_tiles(const Kernels& kernels, const ProductArguments& p, size_t
 
 template <class MakeFinish>
 void for_each_block(const Kernels& kernels, const ProductArguments& p, int64_t threads, const MakeFinish& make_finish) {
-    constexpr int64_t kFewTokens = 8;  // up to so many, tiles would be mostly empty
+    constexpr int64_t kFewTokens = 2;  // up to so many, mostly empty tiles take longer
     if (!p.tokens) return;
     const size_t work = static_cast<size_t>((p.tokens + 16) * p.padded_n * p.padded_k);  // decoding costs about 16
     const size_t workers = useful_threads(threads, work);
