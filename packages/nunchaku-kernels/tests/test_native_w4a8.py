@@ -189,7 +189,13 @@ def test_quantize_extreme_tokens(isa: str, magnitude: float) -> None:
 
 
 @isas
-@given(seed=seeds, tokens=st.integers(1, 14), channels=st.integers(1, 200), tiles=st.integers(1, 4), dtype=dtypes)
+@given(
+    seed=seeds,
+    tokens=st.integers(1, 60),
+    channels=st.integers(1, 200) | st.sampled_from([64, 512, 544, 1056]),
+    tiles=st.integers(1, 4),
+    dtype=dtypes,
+)
 @examples
 def test_lowrank_down(isa: str, seed: int, tokens: int, channels: int, tiles: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -204,9 +210,9 @@ def test_lowrank_down(isa: str, seed: int, tokens: int, channels: int, tiles: in
 @isas
 @given(
     seed=seeds,
-    tokens=st.sampled_from([1, 2, 3, 5, 7, 16, 17, 33, 70]),
-    blocks=st.integers(1, 2),
-    groups=st.integers(1, 5),
+    tokens=st.sampled_from([1, 2, 3, 5, 7, 16, 17, 33, 70, 530]),
+    blocks=st.integers(1, 2) | st.just(9),
+    groups=st.integers(1, 5) | st.integers(15, 18),
     threads=st.integers(1, 3),
 )
 @examples
@@ -251,8 +257,9 @@ def test_sums_at_the_extremes_over_several_panels(isa: str, tokens: int, inputs:
 @given(
     seed=seeds,
     tokens=st.sampled_from([1, 4, 6, 18, 67, 100]),
-    out_features=st.integers(1, 256),
+    out_features=st.integers(1, 256) | st.integers(1030, 1100),
     rank=st.sampled_from([0, 16, 48]),
+    threads=st.integers(1, 2),
     options=st.fixed_dictionaries(
         {name: st.booleans() for name in ("wcscales", "bias", "rank_scale", "gate", "residual")}
     ),
@@ -267,6 +274,7 @@ def test_linear(
     tokens: int,
     out_features: int,
     rank: int,
+    threads: int,
     options: dict[str, bool],
     activation: str,
     dtype: torch.dtype,
@@ -296,7 +304,7 @@ def test_linear(
         address(t8), address(ascales), address(hidden), rank, address(qweight), address(row_scales),
         address(multipliers), address(proj_up), code(proj_up), address(rank_scale), address(packed[0]), code(packed[0]),
         address(packed[1]), code(packed[1]), tokens, n, k, out_features, ACTIVATIONS[activation], address(gate),
-        code(gate), batch, address(residual), code(residual), address(out), code(out), 2, isa,
+        code(gate), batch, address(residual), code(residual), address(out), code(out), threads, isa,
     )  # fmt: skip
 
     sums = w4a8.accumulate(t8, w4a8.decode_int8(codes, multipliers)).float()

@@ -7,6 +7,9 @@
 
 namespace nk::cpu {
 
+constexpr size_t kItemChannels = 256;  // of a work item: so many each tile meets that comes from an outer cache
+constexpr size_t kSumsGap = 16;        // rows of sums a power of two apart would fall into a few sets of the cache
+
 class TokenTiles {
 public:
     // `bytes` of inputs per token, a multiple of 64; rows are `stride` bytes apart.

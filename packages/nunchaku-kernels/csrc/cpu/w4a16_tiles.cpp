@@ -12,8 +12,6 @@ namespace {
 
 constexpr size_t kInputBlock = kTileInputBytes / sizeof(uint16_t);
 constexpr size_t kTokenBlock = 512;
-constexpr size_t kChannels = 256;  // so many channels each token tile meets that comes from an outer cache
-constexpr size_t kGap = 16;        // rows of sums a power of two apart would fall into a few sets of the cache
 
 }  // namespace
 
@@ -26,9 +24,9 @@ void w4a16_linear_tiles(const Kernels& kernels, const AwqArguments& a, size_t th
     const TokenTiles x(tiles, a.x.data, a.stride * static_cast<ptrdiff_t>(kSize), tokens, inputs * kSize, threads);
 
     const size_t token_blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
-    size_t block = kChannels;
+    size_t block = kItemChannels;
     while (block > 32 && token_blocks * outputs < 4 * threads * block) block /= 2;
-    const size_t stride = block + kGap, channel_blocks = (outputs + block - 1) / block;
+    const size_t stride = block + kSumsGap, channel_blocks = (outputs + block - 1) / block;
     parallel_for(threads, token_blocks * channel_blocks, [&](WorkQueue& queue) {
         const Buffer<float> scales = make_buffer<float>(groups * block);
         const Buffer<float> zeros = make_buffer<float>(groups * block);

@@ -75,15 +75,13 @@ void multiply_panels(const Kernels& kernels, const ProductArguments& p, size_t t
 template <class MakeFinish>
 void multiply_in_tiles(const Kernels& kernels, const ProductArguments& p, size_t threads,
                        const MakeFinish& make_finish) {
-    constexpr size_t kChannels = 256;  // so many channels each token tile meets that comes from an outer cache
-    constexpr size_t kGap = 16;        // rows of sums a power of two apart would fall into a few sets of the cache
     const size_t tokens = p.tokens, padded_n = p.padded_n, padded_k = p.padded_k;
-    Partition cut = partition(p, threads, kChannels, kTileInputBytes);
+    Partition cut = partition(p, threads, kItemChannels, kTileInputBytes);
     cut.token_block = (cut.token_block + kTileTokens - 1) / kTileTokens * kTileTokens;
     cut.token_blocks = (tokens + cut.token_block - 1) / cut.token_block;
     const TokenTiles codes(*kernels.tiles, p.codes, p.padded_k, tokens, padded_k, threads);
     parallel_for(threads, cut.items(), [&](WorkQueue& queue) {
-        const size_t stride = cut.channel_block + kGap;
+        const size_t stride = cut.channel_block + kSumsGap;
         const Buffer<int8_t> panel = make_buffer<int8_t>(cut.channel_block * cut.input_block);
         const Buffer<int32_t> sums = make_buffer<int32_t>(cut.token_block * stride);
         auto finish = make_finish();

@@ -23,7 +23,7 @@ enum class Element { int8, bf16 };
 // The arguments of a product (kernels.h) in bytes.
 struct Operands {
     const char* tokens;
-    size_t next_tile, tiles;
+    size_t next_tile;
     const char* panel;
     size_t strips, steps;  // of 64 bytes of inputs
     bool accumulate;
@@ -98,7 +98,6 @@ void multiply_tiles(const void* tokens, size_t next_tile, size_t tiles, const vo
     shapes.load();
     const Operands o = {static_cast<const char*>(tokens),
                         next_tile,
-                        tiles,
                         static_cast<const char*>(panel),
                         strips,
                         bytes / kTileRowBytes,
