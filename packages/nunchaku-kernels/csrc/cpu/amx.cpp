@@ -1,8 +1,6 @@
 // The AMX table: products of many tokens in tiles, the rest as for AVX-512 BF16.
 #include "amx/awq_tiles.h"
-#include "amx/dequantize_row.h"
 #include "amx/multiply_tiles.h"
-#include "amx/quantize_token.h"
 #include "avx2/awq.h"
 #include "avx2/decode_panel.h"
 #include "avx2/lowrank_pairs.h"
@@ -11,6 +9,8 @@
 #include "avx512bf16/matmul.h"
 #include "avx512vnni/accumulate_panel.h"
 #include "avx512vnni/awq_lookup.h"
+#include "avx512vnni/dequantize_row.h"
+#include "avx512vnni/quantize_token.h"
 #include "generic/epilogue.h"
 #include "generic/fold_strip.h"
 #include "generic/l1_change.h"
