@@ -75,7 +75,9 @@ def test_linear(
 
 
 @isas
-@given(seed=st.integers(0, 2**31), tokens=st.integers(6, 70), kept=st.integers(5, 40), dtype=st.sampled_from(list(DTYPES)))
+@given(
+    seed=st.integers(0, 2**31), tokens=st.integers(6, 70), kept=st.integers(5, 40), dtype=st.sampled_from(list(DTYPES))
+)
 @settings(max_examples=10, deadline=None)
 def test_a_token_does_not_depend_on_its_neighbours(
     isa: str, seed: int, tokens: int, kept: int, dtype: torch.dtype
