@@ -70,7 +70,9 @@ def test_linear(
     bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
     y = native(x, pack_awq(codes), scales, zeros, bias, group_size, isa)
     expected = w4a16.linear(x.float(), codes, scales, zeros, bias)
-    torch.testing.assert_close(y.float(), expected, rtol=ROUNDING[dtype], atol=2e-4)
+    # Terms that cancel leave the rounding of their sum's largest parts behind.
+    terms = (x.float().abs() @ w4a16.dequantize(codes, scales, zeros).float().abs().t()).max().item()
+    torch.testing.assert_close(y.float(), expected, rtol=ROUNDING[dtype], atol=2e-4 + terms * 2**-22)
     assert torch.equal(y, native(x, pack_awq_int16(codes), scales, zeros, bias, group_size, isa, threads=1))
 
 
