@@ -146,8 +146,8 @@ def compared(
         made[name] = recipe(encoder)
         add(name, hidden_states(made[name].applied_to(model), texts), made[name].nbytes)
         say(f"{prefix}/{name}: error {rows[-5].value:.3g}, {time.process_time() - started:.0f} s of processor time")
-    for name in encoder.wider():
-        rows.append(Row(f"{prefix}/wider/{name}", 8, "bits"))
+    for name, harm in encoder.sensitivities().items():
+        rows.append(Row(f"{prefix}/sensitivity/{name}", harm, "|change|^2"))
     return rows, made
 
 
@@ -172,7 +172,7 @@ def synthetic_rows(seeds: Sequence[int]) -> list[Row]:
         rows, _ = compared(
             f"t5/synthetic-{seed}", model, texts, calibration_batches(texts, padded=False), dict(RIVALS | STEPS)
         )
-        found.append([row for row in rows if "/wider/" not in row.name])
+        found.append([row for row in rows if "/sensitivity/" not in row.name])
     means = []
     for group in zip(*found, strict=True):
         values, ratios = ([getattr(row, key) for row in group] for key in ("value", "ratio"))

@@ -28,8 +28,6 @@ from nunchaku_kernels.quantize import (
 
 GROUP_SIZE = 128
 RANK = 16
-WIDER_BUDGET = 0.1
-"""Bytes for layers in 8 bits, relative to those of all layers in 4 bits."""
 STORED_DTYPE = torch.bfloat16
 
 
@@ -87,15 +85,15 @@ class Encoder:
     def __init__(self, model: T5EncoderModel, batches: Sequence[Batch]) -> None:
         self.model, self.batches = model, batches
         self.linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        self._wider: list[str] | None = None
+        self._sensitivities: dict[str, float] | None = None
 
     def each(self, make: Callable[[torch.Tensor], W4A16Weights]) -> Quantized:
         """Every linear by itself, without data."""
         return Quantized({name: make(linear.weight.detach()) for name, linear in self.linears.items()})
 
-    def wider(self) -> list[str]:
-        """The linears that get 8 bits."""
-        if self._wider is None:
+    def sensitivities(self) -> dict[str, float]:
+        """Name -> what 4 bits in that linear alone do to the output."""
+        if self._sensitivities is None:
             # Captions as they are read, without padding: what is measured in the end.
             masked = [batch for batch in self.batches if batch.attention_mask is not None]
 
@@ -103,26 +101,29 @@ class Encoder:
                 batch = masked[index]
                 return self.model(batch.input_ids, batch.attention_mask).last_hidden_state[batch.counted]
 
-            found = output_sensitivities(self.model, run, len(masked), list(self.linears), group_size=GROUP_SIZE)
-            four = {name: round_to_nearest(module.weight.detach()) for name, module in self.linears.items()}
-            extra = {
-                name: stored_bytes(eight_bits(module.weight.detach())) - stored_bytes(four[name])
-                for name, module in self.linears.items()
-            }
-            budget = int(WIDER_BUDGET * sum(map(stored_bytes, four.values())))
-            self._wider = choose_wider(found, extra, budget)
-        return self._wider
+            self._sensitivities = output_sensitivities(
+                self.model.requires_grad_(False), run, len(masked), list(self.linears), group_size=GROUP_SIZE
+            )
+        return self._sensitivities
 
-    def in_order(
-        self, fit: Callable[[str, torch.Tensor, InputMetric], W4A16Weights], *, paired: bool, prior: float = 0.1
-    ) -> Quantized:
+    def wider(self, budget: float) -> list[str]:
+        """The linears that get 8 bits.
+
+        Args:
+            budget: bytes for that, relative to those of all linears in 4 bits.
+        """
+        weights = {name: linear.weight.detach() for name, linear in self.linears.items()}
+        four = {name: stored_bytes(round_to_nearest(weight)) for name, weight in weights.items()}
+        extra = {name: stored_bytes(eight_bits(weight)) - four[name] for name, weight in weights.items()}
+        return choose_wider(self.sensitivities(), extra, int(budget * sum(four.values())))
+
+    def in_order(self, fit: Callable[[str, torch.Tensor, InputMetric], W4A16Weights], *, paired: bool) -> Quantized:
         """Every linear fitted to its inputs, block after block.
 
         Args:
             fit: name, weight, metric of the inputs -> quantised weight.
             paired: take the inputs that come out of quantised layers, and aim at the original outputs; else original
                 inputs.
-            prior: see `InputMetric`.
         """
         forms: dict[str, W4A16Weights] = {}
         for prefix, block, before, now in self.blocks(quantized=paired):
@@ -131,7 +132,7 @@ class Encoder:
             for group in groups:
                 first = group[0]
                 moments = now.moments(first, originals[first]) if paired else before.moments(first)
-                metric = InputMetric(moments, prior)
+                metric = InputMetric(moments)
                 for name in group:
                     forms[prefix + name] = fit(prefix + name, block.get_submodule(name).weight.detach(), metric)
                 if paired:
@@ -277,7 +278,8 @@ STEPS: Mapping[str, Recipe] = {
     "3-descent": lambda encoder: fitted(encoder, paired=False),
     "4-paired-inputs": lambda encoder: fitted(encoder),
     "5-rank16": lambda encoder: fitted(encoder, rank=RANK),
-    "5-wider10%": lambda encoder: fitted(encoder, wider=encoder.wider()),
-    "6-wider10%-rank16": lambda encoder: fitted(encoder, wider=encoder.wider(), rank=RANK),
+    "5-8bits-10%": lambda encoder: fitted(encoder, wider=encoder.wider(0.1)),
+    "5-8bits-20%": lambda encoder: fitted(encoder, wider=encoder.wider(0.2)),
+    "6-8bits-20%-rank16": lambda encoder: fitted(encoder, wider=encoder.wider(0.2), rank=RANK),
 }
-BEST = "5-wider10%"
+BEST = "5-8bits-20%"

@@ -17,7 +17,7 @@ def fit_w4a16(
     bits: int = 4,
     rank: int = 0,
     sweeps: int = 2,
-    num_iters: int = 2,
+    num_iters: int = 3,
     dtype: torch.dtype = torch.bfloat16,
 ) -> W4A16Weights:
     """Quantises `y = x @ weight.T` for the inputs that `metric` knows.
