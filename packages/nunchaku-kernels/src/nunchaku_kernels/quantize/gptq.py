@@ -162,7 +162,7 @@ def descend(target: torch.Tensor, start: Codes, hessian: torch.Tensor) -> Codes:
         moved = torch.zeros_like(local)
         curvatures = inner.diagonal().tolist()
         for begin in range(0, size, _INNER):
-            end = begin + _INNER  # which divides every group
+            end = min(begin + _INNER, size)
             for k in range(begin, end):
                 if curvatures[k] <= 0:
                     continue
