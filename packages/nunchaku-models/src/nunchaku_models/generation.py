@@ -167,6 +167,7 @@ def load_pipeline(
     arithmetic: str | None = None,
     offload: bool = False,
     loras: Sequence[tuple[str, float]] = (),
+    t5: str | None = None,
 ) -> LoadedPipeline:
     """Load a FLUX pipeline to draw with.
 
@@ -179,6 +180,8 @@ def load_pipeline(
         arithmetic: how 4-bit layers are multiplied; default the device's best.
         offload: keep on the GPU only the part that runs.
         loras: LoRA files to draw with, and their strengths.
+        t5: "4bit" for the pipeline's T5 in 4 bits, or the file, folder or hub id of a 4-bit T5; None for the pipeline's
+            as it is.
 
     Raises:
         CheckpointError, ValueError: with a sentence that says what is wrong and what to do.
@@ -214,7 +217,7 @@ def load_pipeline(
     from nunchaku_models.flux import NunchakuFluxTransformer2DModel
     from nunchaku_models.layers import arithmetics, quantized_layers, set_arithmetic
 
-    parts: dict[str, Any] = {}
+    parts = load_text_encoder(root, t5, half)
     if base is not None:
         parts["transformer"] = NunchakuFluxTransformer2DModel.from_pretrained(model, dtype=half)
     try:
@@ -252,6 +255,34 @@ def load_pipeline(
         load_seconds=time.monotonic() - started,
         loras=dict(loras),
     )
+
+
+TEXT_ENCODERS = "nunchaku.text_encoders"
+"""Entry-point group of functions that load quantised text encoders; nunchaku-t5 has one."""
+
+
+def load_text_encoder(pipeline: str | os.PathLike[str], source: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Make installed kinds of quantised text encoders loadable for diffusers, and load one if asked for.
+
+    Args:
+        pipeline: its folder or hub id.
+        source: "4bit", or where a 4-bit T5 is; None for none.
+        dtype: of the pipeline.
+
+    Returns:
+        Arguments for the pipeline's `from_pretrained`: part -> model.
+
+    Raises:
+        ValueError: `source` is no such thing, or nunchaku-t5 is not installed and needed.
+    """
+    # Loading an entry point imports its package, which tells transformers about its method.
+    loaders = [entry.load() for entry in entry_points(group=TEXT_ENCODERS)]
+    if loaders and source is not None:
+        parts: dict[str, Any] = loaders[0](pipeline, source, dtype=dtype)
+        return parts
+    if source is not None:
+        raise ValueError("--t5 needs the package nunchaku-t5; install it")
+    return {}
 
 
 ADAPTERS = "nunchaku.adapters"

@@ -97,19 +97,18 @@ def run_quantize(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from nunchaku_t5.convert import Conversion
+    from nunchaku_t5.convert import Conversion, EncoderQuantization
     from nunchaku_t5.sources import EncoderSource, find
 
-    conversion = Conversion(
+    quantization = EncoderQuantization(
         EncoderSource(find(args.source, subfolder=args.subfolder)),
-        Path(args.output),
         group_size=args.group_size,
         embedding_bits=args.embedding_bits,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
-        embeddings_twice=args.embeddings_twice,
     )
+    conversion = Conversion(quantization, Path(args.output), embeddings_twice=args.embeddings_twice)
     started = time.monotonic()
-    with tqdm(total=conversion.bytes_before, unit="B", unit_scale=True, desc="quantize") as bar:
+    with tqdm(total=quantization.bytes_before, unit="B", unit_scale=True, desc="quantize") as bar:
         report = conversion.run(lambda _, nbytes: bar.update(nbytes) and None)
     seconds = time.monotonic() - started
     if args.json:

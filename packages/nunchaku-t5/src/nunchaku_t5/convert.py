@@ -1,4 +1,4 @@
-"""`nunchaku t5 quantize`: a 16-bit encoder's files to 4-bit ones, tensor by tensor."""
+"""A 16-bit encoder's tensors to those of its 4-bit form, module by module: into a model, a file or a folder."""
 
 import json
 from collections import deque
@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,133 @@ from nunchaku_t5.sources import EncoderSource, as_entries
 
 Tensors = dict[str, torch.Tensor]
 Progress = Callable[[str, int], None]
-"""Called with the name of a module that is done and the bytes it took in 16 bits."""
+"""Called with the path of a module that is done, and the bytes it takes in 16 bits."""
+
+
+class EncoderQuantization:
+    """What becomes of an encoder's tensors.
+
+    Attributes:
+        source: what is quantised.
+        dtype: of everything that stays in 16 bits.
+        layers: module path -> form of what is quantised.
+        kept: module path of a linear left in 16 bits -> why.
+        config: the `quantization_config`.
+        modules: path of each module with tensors -> the names they will have.
+        infos: name -> shape and dtype of each of those.
+
+    Args:
+        source: what to quantise.
+        group_size, embedding_bits: see `quantize.plan`.
+        dtype: bfloat16 or float16; None for that of the source, bfloat16 where that is wider or narrower.
+
+    Raises:
+        ValueError: an argument does not fit.
+        CheckpointError: nothing in the source can be quantised.
+    """
+
+    def __init__(
+        self,
+        source: EncoderSource,
+        *,
+        group_size: int = 128,
+        embedding_bits: int = 16,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if dtype not in (None, *HALF_DTYPES):
+            raise ValueError(f"`dtype` must be bfloat16 or float16, got {dtype}")
+        self.source = source
+        stored = source.dtype("encoder.final_layer_norm.weight")
+        self.dtype = dtype or (stored if stored in HALF_DTYPES else torch.bfloat16)
+        self.layers, self.kept = plan(source.model, group_size=group_size, embedding_bits=embedding_bits)
+        if not self.layers:
+            raise CheckpointError(f"{source.where}: no layer can be quantised: {self.kept}")
+        self.config = W4A16Config(group_size, self.layers)
+        self.modules: dict[str, list[str]] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        for path, module in source.model.named_modules():
+            if f"{path}.weight" == EMBEDDINGS[1]:  # tied
+                continue
+            if path in self.layers:
+                stored_as = stored_tensors(module, self.layers[path])
+            else:
+                stored_as = {name: (tuple(value.shape), None) for name, value in module.named_parameters(recurse=False)}
+            for name, (shape, dtype_) in stored_as.items():
+                self.modules.setdefault(path, []).append(f"{path}.{name}")
+                self.infos[f"{path}.{name}"] = TensorInfo(shape, dtype_ or self.dtype)
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the encoder in 16 bits, embeddings once."""
+        return sum(map(self.bytes_of, self.modules))
+
+    def bytes_of(self, path: str) -> int:
+        """Of one module in 16 bits."""
+        return 2 * sum(value.numel() for value in self.source.model.get_submodule(path).parameters(recurse=False))
+
+    def make(self, path: str) -> Tensors:
+        """The tensors of a module, by their names in the model.
+
+        Raises:
+            CheckpointError: one of them is not finite, or too large for `dtype`.
+        """
+        if path in self.layers:
+            try:
+                made = quantize_weight(self.source.get(f"{path}.weight"), self.layers[path], self.dtype)
+            except ValueError as error:
+                raise CheckpointError(f"{self.source.where}: {path}: {error}") from error
+            return {f"{path}.{name}": tensor for name, tensor in made.items()}
+        tensors = {}
+        for name in self.modules[path]:
+            tensors[name] = self.source.get(name).to(self.dtype)
+            if not tensors[name].isfinite().all():
+                raise CheckpointError(f"{self.source.where}: {name} holds NaN, or values too large for {self.dtype}")
+        return tensors
+
+    def made(self, *, threads: int | None = None) -> Iterator[tuple[str, Tensors]]:
+        """What `make` gives for each module, in order.
+
+        Args:
+            threads: modules in work at a time, each by one thread; default: torch's number of threads.
+        """
+        threads = threads or torch.get_num_threads()
+        with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
+            pending: deque[tuple[str, Future[Tensors]]] = deque()
+            try:
+                for path in self.modules:
+                    pending.append((path, pool.submit(self.make, path)))
+                    if len(pending) > threads:
+                        done, future = pending.popleft()
+                        yield done, future.result()
+                while pending:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def load(self, **kwargs: Any) -> Any:
+        """The quantised model itself.
+
+        Args:
+            kwargs: for `from_pretrained` of transformers: `dtype`, `device_map`, ...
+        """
+        tensors: Tensors = {}
+        for _, made in self.made():
+            tensors.update(made)
+        config = self.source.config
+        config.quantization_config = self.config.to_dict()
+        return type(self.source.model).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """For threads of ours that each run torch's operators: torch's own threads wait for each other after every one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -52,100 +179,36 @@ class ConversionReport:
 
 
 class Conversion:
-    """An encoder's files to one file or folder with its linears in 4 bits.
-
-    Everything is checked on construction; `run` then reads, quantises and writes one module after the other.
+    """Writes a quantised encoder: a file in the published layout, or a folder in that of transformers.
 
     Args:
-        source: what to quantise.
-        output: a file name ending in .safetensors (published layout), or a folder to make (layout of transformers).
-        group_size, embedding_bits: see `quantize.plan`.
-        dtype: of everything in 16 bits; None for that of the source, bfloat16 where that is wider or narrower.
+        quantization: of what.
+        output: a file name that ends in .safetensors, or a folder to make.
         embeddings_twice: write the embeddings under both of their names, for loaders that insist; files only.
 
     Raises:
-        CheckpointError: the output exists, or cannot be written.
+        CheckpointError: the output cannot be written; a folder must be new or empty.
         ValueError: an argument does not fit.
     """
 
-    def __init__(
-        self,
-        source: EncoderSource,
-        output: Path,
-        *,
-        group_size: int = 128,
-        embedding_bits: int = 16,
-        dtype: torch.dtype | None = None,
-        embeddings_twice: bool = False,
-    ) -> None:
-        self.source, self.output = source, output
+    def __init__(self, quantization: EncoderQuantization, output: Path, *, embeddings_twice: bool = False) -> None:
+        self.quantization, self.output = quantization, output
         self.is_file = output.suffix == ".safetensors"
-        if dtype not in (None, *HALF_DTYPES):
-            raise ValueError(f"`dtype` must be bfloat16 or float16, got {dtype}")
-        if embeddings_twice and (not self.is_file or embedding_bits != 16):
-            raise ValueError("embeddings are only written twice into a single file, in 16 bits")
-        (check_writable if self.is_file else check_new_folder)(output)
-        stored = source.dtype("encoder.final_layer_norm.weight")
-        self.dtype = dtype or (stored if stored in HALF_DTYPES else torch.bfloat16)
-        self.layers, self.kept = plan(source.model, group_size=group_size, embedding_bits=embedding_bits)
-        if not self.layers:
-            raise CheckpointError(f"{source.where}: no layer can be quantised: {self.kept}")
-        self.config = W4A16Config(group_size, self.layers)
+        if embeddings_twice and (not self.is_file or EMBEDDINGS[0].removesuffix(".weight") in quantization.layers):
+            raise ValueError("embeddings are only written twice into a single file, and in 16 bits")
         self._twice = embeddings_twice
-        self._modules, self._infos = self._layout()
-
-    def _layout(self) -> tuple[dict[str, list[str]], dict[str, TensorInfo]]:
-        """Module path -> its tensors in the output, and what each is."""
-        modules: dict[str, list[str]] = {}
-        infos: dict[str, TensorInfo] = {}
-        for path, module in self.source.model.named_modules():
-            if path in self.layers:
-                stored = stored_tensors(module, self.layers[path])
-            else:
-                stored = {name: (tuple(value.shape), None) for name, value in module.named_parameters(recurse=False)}
-            for name, (shape, dtype) in stored.items():
-                whole = f"{path}.{name}"
-                if whole == EMBEDDINGS[1] or (path == EMBEDDINGS[1].removesuffix(".weight")):
-                    continue
-                modules.setdefault(path, []).append(whole)
-                infos[whole] = TensorInfo(shape, dtype or self.dtype)
-        return modules, infos
-
-    @property
-    def bytes_before(self) -> int:
-        """Of the encoder in 16 bits."""
-        return sum(self._bytes_before(path) for path in self._modules)
-
-    def _bytes_before(self, path: str) -> int:
-        module = self.source.model.get_submodule(path)
-        return 2 * sum(value.numel() for value in module.parameters(recurse=False))
-
-    def make(self, path: str) -> Tensors:
-        """The tensors of a module for the output, by their names in the model."""
-        if path in self.layers:
-            weight = self.source.get(f"{path}.weight")
-            try:
-                made = quantize_weight(weight, self.layers[path], self.dtype)
-            except ValueError as error:
-                raise CheckpointError(f"{self.source.where}: {path}: {error}") from error
-            return {f"{path}.{name}": tensor for name, tensor in made.items()}
-        made = {}
-        for name in self._modules[path]:
-            made[name] = self.source.get(name).to(self.dtype)
-            if not made[name].isfinite().all():
-                raise CheckpointError(f"{self.source.where}: {name} holds NaN, or values too large for {self.dtype}")
-        return made
+        (check_writable if self.is_file else check_new_folder)(output)
 
     def run(self, on_module: Progress | None = None, *, threads: int | None = None) -> ConversionReport:
-        """Do it.
+        """Quantise and write, one module after the other.
 
         Args:
             on_module: progress.
-            threads: modules in work at a time; default: torch's number of threads.
+            threads: see `EncoderQuantization.made`.
 
         Raises:
-            CheckpointError: a tensor is not finite, or the disk fails. What was at `output` is untouched, as it is when
-                interrupted.
+            CheckpointError: a tensor is not finite, or the disk fails. What was at `output` is untouched then, as it is
+                when interrupted.
         """
         if self.is_file:
             self._write(self.output, on_module, threads)
@@ -153,62 +216,38 @@ class Conversion:
             with new_folder(self.output) as folder:
                 self._write(folder / WEIGHTS_NAME, on_module, threads)
                 (folder / CONFIG_NAME).write_text(json.dumps(self._config_file(), indent=2) + "\n")
+        quantization = self.quantization
         after = sum(info.nbytes for info in self._written().values())
-        return ConversionReport(str(self.output), len(self.layers), self.kept, self.bytes_before, after)
+        return ConversionReport(
+            str(self.output), len(quantization.layers), quantization.kept, quantization.bytes_before, after
+        )
 
     def _write(self, file: Path, on_module: Progress | None, threads: int | None) -> None:
-        said = metadata(self.source.config, self.config) if self.is_file else {"format": "pt"}
+        quantization = self.quantization
+        said = metadata(quantization.source.config, quantization.config) if self.is_file else {"format": "pt"}
         with StreamingWriter(file, self._written(), said) as writer:
-            for path, tensors in self._made(threads or torch.get_num_threads()):
-                for name in self._modules[path]:
-                    writer.write(self._name(name), tensors[name])
-                    if name == EMBEDDINGS[0] and self._twice:
-                        writer.write(EMBEDDINGS[1], tensors[name])
+            for path, tensors in quantization.made(threads=threads):
+                for name in quantization.modules[path]:
+                    for written in self._names(name):
+                        writer.write(written, tensors[name])
                 if on_module is not None:
-                    on_module(path, self._bytes_before(path))
+                    on_module(path, quantization.bytes_of(path))
 
-    def _made(self, threads: int) -> Iterator[tuple[str, Tensors]]:
-        """What `make` gives for each module, in order; a few are in work at a time, each by one thread."""
-        with one_torch_thread(), ThreadPoolExecutor(threads) as pool:
-            pending: deque[tuple[str, Future[Tensors]]] = deque()
-            try:
-                for path in self._modules:
-                    pending.append((path, pool.submit(self.make, path)))
-                    if len(pending) > threads:
-                        done, future = pending.popleft()
-                        yield done, future.result()
-                while pending:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def _name(self, name: str) -> str:
-        return to_published_name(name) if self.is_file else name
+    def _names(self, name: str) -> list[str]:
+        """The names in the output of a tensor of the model."""
+        if name == EMBEDDINGS[0] and self._twice:
+            return list(EMBEDDINGS)
+        return [to_published_name(name) if self.is_file else name]
 
     def _written(self) -> Mapping[str, TensorInfo]:
-        written = {}
-        for name, info in self._infos.items():
-            written[self._name(name)] = info
-            if name == EMBEDDINGS[0] and self._twice:
-                written[EMBEDDINGS[1]] = info
-        return written
+        infos = self.quantization.infos
+        return {written: info for name, info in infos.items() for written in self._names(name)}
 
     def _config_file(self) -> dict[str, object]:
-        entries = as_entries(self.source.config, self.source.entries)
+        quantization = self.quantization
+        entries = as_entries(quantization.source.config, quantization.source.entries)
         entries.pop("torch_dtype", None)
-        entries["architectures"] = [type(self.source.model).__name__]
-        entries["dtype"] = str(self.dtype).removeprefix("torch.")
-        entries["quantization_config"] = self.config.to_dict()
+        entries["architectures"] = [type(quantization.source.model).__name__]
+        entries["dtype"] = str(quantization.dtype).removeprefix("torch.")
+        entries["quantization_config"] = quantization.config.to_dict()
         return entries
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Threads of ours, each with torch's operators on one: torch's own wait for each other after every operator."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

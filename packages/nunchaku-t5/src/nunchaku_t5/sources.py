@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def find(path: str | os.PathLike[str], *, subfolder: str | None = None) -> Path:
 
     Args:
         path: a file, a folder, or a hub id "org/repo".
-        subfolder: of the folder or repository; by default a pipeline's encoder is looked for.
+        subfolder: of the folder or repository; by default the one that a pipeline has its encoder in.
 
     Raises:
         FileNotFoundError: there is no such thing.
@@ -103,23 +103,38 @@ def find(path: str | os.PathLike[str], *, subfolder: str | None = None) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local / subfolder if subfolder else local
+    if subfolder is None:
+        index = pipeline_index(path)
+        subfolder = None if index is None else encoder_part(index)
+    patterns = [f"{subfolder}/{pattern}" for pattern in _ALLOWED] if subfolder else _ALLOWED
+    root = _download(path, patterns)
+    return root / subfolder if subfolder else root
+
+
+def pipeline_index(path: str | os.PathLike[str]) -> Path | None:
+    """The index of a pipeline's folder or hub id; None for what is no pipeline.
+
+    Raises:
+        FileNotFoundError: there is neither such a folder nor such a repository.
+    """
+    local = Path(path).expanduser()
+    index = (local if local.exists() else _download(path, [PIPELINE_INDEX])) / PIPELINE_INDEX
+    return index if index.is_file() else None
+
+
+def _download(path: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
     text = os.fspath(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) is None or text.endswith(".safetensors"):
         raise FileNotFoundError(f"{path} is neither a file, a folder nor a hub id such as 'org/repo'")
-    from huggingface_hub import snapshot_download
-
-    if subfolder is None:
-        index = Path(snapshot_download(text, allow_patterns=[PIPELINE_INDEX])) / PIPELINE_INDEX
-        subfolder = encoder_part(index) if index.is_file() else None
-    patterns = [f"{subfolder}/{pattern}" for pattern in _ALLOWED] if subfolder else _ALLOWED
-    root = Path(snapshot_download(text, allow_patterns=patterns))
-    return root / subfolder if subfolder else root
+    return Path(snapshot_download(text, allow_patterns=list(patterns)))
 
 
 def encoder_folder(folder: Path) -> Path:
     """The folder itself, or the part of a pipeline's folder that holds its T5."""
-    index = folder / PIPELINE_INDEX
-    return folder / encoder_part(index) if index.is_file() else folder
+    index = pipeline_index(folder)
+    return folder if index is None else folder / encoder_part(index)
 
 
 def encoder_part(index: Path) -> str:
