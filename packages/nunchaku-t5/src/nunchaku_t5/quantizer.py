@@ -38,7 +38,9 @@ class W4A16Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, value in model.named_parameters():
             if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
-                raise CheckpointError(f"{name} holds NaN or infinity; the file is damaged, get it again")
+                raise CheckpointError(
+                    f"{name} holds NaN or infinity in {value.dtype}: its file is damaged, or its values need another dtype"
+                )
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
