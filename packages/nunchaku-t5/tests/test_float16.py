@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from nunchaku_t5 import EncoderLinear, NunchakuT5EncoderModel, quantize_encoder
 
 FLOAT16_MAX = 65504
+FLOAT16_NOISE = 0.02
+"""Rounding of scales and states; what overflow leaves is far off, or not finite."""
 
 
 def overflowing(tiny: SimpleNamespace, *, beyond: float = 4e5, **changes: Any) -> Any:
@@ -42,10 +44,10 @@ def test_loaded_in_float16(tiny: SimpleNamespace, data: st.DataObject, tmp_path_
     loaded = NunchakuT5EncoderModel.from_pretrained(folder, dtype=torch.float16)
     assert loaded.shared.weight.dtype == torch.float16
     given = tiny.encode(loaded, inputs)
-    assert given.isfinite().all() and tiny.relative_error(given, wanted) < 5e-3
+    assert given.isfinite().all() and tiny.relative_error(given, wanted) < FLOAT16_NOISE
     moved = NunchakuT5EncoderModel.from_pretrained(folder, dtype=torch.float32).to(torch.float16)
     given = tiny.encode(moved, inputs)
-    assert given.isfinite().all() and tiny.relative_error(given, wanted) < 5e-3
+    assert given.isfinite().all() and tiny.relative_error(given, wanted) < FLOAT16_NOISE
 
 
 def test_16_bits_overflow_there(tiny: SimpleNamespace) -> None:

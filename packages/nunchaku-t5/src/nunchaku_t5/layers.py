@@ -30,9 +30,11 @@ class EncoderLinear(W4A16Linear):
     def weight(self) -> torch.Tensor:
         """Zeros (out_features, in_features) without storage, see `QuantizedLinear.weight`."""
         zeros = super().weight
-        if not self.wide or zeros.dtype != torch.float16:
-            return zeros
-        return torch.zeros((), dtype=torch.float32, device=zeros.device).expand_as(zeros)
+        if self.wide and zeros.dtype == torch.float16:
+            zeros = torch.zeros((), dtype=torch.float32, device=zeros.device).expand_as(zeros)
+        # transformers initialises weights that it does not take for loaded: attention modules those of their children
+        zeros._is_hf_initialized = True  # type: ignore[attr-defined]
+        return zeros
 
     def forward(self, x: torch.Tensor, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features), in the dtype of x, or float32 for float16 if `wide`."""
@@ -141,9 +143,6 @@ def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | No
                 name=name,
                 wide=parent in wide,
             )
-        # transformers initialises what a file lacks, and attention modules initialise the weights of their children;
-        # here each tensor comes from the file.
-        new._is_hf_initialized = modules[parent]._is_hf_initialized = True  # type: ignore[assignment]
         for home, child in homes[original]:
             setattr(home, child, new)
     _tie_scales(model, [name for name, form in layers.items() if isinstance(modules[name], nn.Embedding)])
@@ -160,18 +159,17 @@ def places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 
 def _tie_scales(model: Any, embeddings: Iterable[str]) -> None:
     """Put an int8 embedding into the places that transformers ties to it, and tie its scales as it ties `weight`."""
-    tied = getattr(model, "_tied_weights_keys", None) or {}
-    if not isinstance(tied, Mapping):
-        return  # before transformers 5 models tie their embeddings themselves
+    tied = getattr(model, "all_tied_weights_keys", {})  # before transformers 5 the modules themselves are shared
     added = {}
     for name in embeddings:
-        for other in (other for other, source in tied.items() if source == f"{name}.weight"):
-            parent, _, child = other.removesuffix(".weight").rpartition(".")
-            setattr(model.get_submodule(parent), child, model.get_submodule(name))
-            added[f"{parent}.{child}.wscales"] = f"{name}.wscales"
+        for other in (other.removesuffix(".weight") for other, source in tied.items() if source == f"{name}.weight"):
+            if isinstance(model.get_submodule(other), nn.Embedding):
+                parent, _, child = other.rpartition(".")
+                setattr(model.get_submodule(parent), child, model.get_submodule(name))
+                added[f"{other}.wscales"] = f"{name}.wscales"
     if added:
-        model._tied_weights_keys = {**tied, **added}
-        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **added}
+        model._tied_weights_keys = {**model._tied_weights_keys, **added}
+        model.all_tied_weights_keys = {**tied, **added}
 
 
 def untie_scales(model: Any) -> None:
@@ -190,8 +188,17 @@ def wide_parents(model: Any) -> Iterator[str]:
             yield name
 
 
-def tied_names(model: Any) -> set[str]:
-    """Paths of modules whose `weight` is another module's, or that another one's is."""
-    tied = getattr(model, "_tied_weights_keys", None) or {}
-    pairs = tied.items() if isinstance(tied, Mapping) else ((name, name) for name in tied)
-    return {name.removesuffix(".weight") for pair in pairs for name in pair}
+def tied_names(model: Any) -> dict[str, set[str]]:
+    """Path of a module -> those of other modules that share its `weight`; of modules that share it."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    names: dict[str, set[str]] = {}
+    if tied is None:  # before transformers 5: by identity
+        owners: dict[int, set[str]] = {}
+        for name, value in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(value), set()).add(name.removesuffix(".weight"))
+        return {name: shared - {name} for shared in owners.values() if len(shared) > 1 for name in shared}
+    for target, source in tied.items():
+        one, other = target.removesuffix(".weight"), source.removesuffix(".weight")
+        names.setdefault(one, set()).add(other)
+        names.setdefault(other, set()).add(one)
+    return names

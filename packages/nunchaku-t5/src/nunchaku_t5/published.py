@@ -1,6 +1,7 @@
 """The published single file of a 4-bit T5 (checkpoint_format.md 8): names, metadata, and what they say."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,8 @@ def read_config(files: TensorFiles, where: str) -> tuple[Any, W4A16Config]:
         raise CheckpointError(f"{where} holds no 4-bit layers (tensors named ....qweight); quantise it first")
     text = files.metadata.get("config")
     given = None if text is None else parse_json(text, f"{where}: metadata `config`")
-    return make_config(_original_shapes(infos, layers), given, where), W4A16Config(layers=layers)
+    usual = Counter(form.group_size for form in layers.values()).most_common(1)[0][0]
+    return make_config(_original_shapes(infos, layers), given, where), W4A16Config(usual, layers)
 
 
 def state_dict(files: TensorFiles) -> dict[str, torch.Tensor]:
@@ -78,9 +80,9 @@ def _layer_forms(infos: Mapping[str, TensorInfo], where: str) -> dict[str, Layer
         module, _, last = name.rpartition(".")
         if last == "qweight":
             layers[module] = LayerForm(group_size=_group_size(infos, module, where))
-    for name in EMBEDDINGS:
-        if infos.get(name, TensorInfo((), torch.bfloat16)).dtype == torch.int8:
-            layers[name.removesuffix(".weight")] = LayerForm(bits=8)
+    shared = infos.get(EMBEDDINGS[0])
+    if layers and shared is not None and shared.dtype == torch.int8:
+        layers[EMBEDDINGS[0].removesuffix(".weight")] = LayerForm(bits=8)
     return layers
 
 

@@ -22,7 +22,7 @@ class QuantizationReport:
 
     Attributes:
         layers: module path -> form.
-        kept: module path of a linear left as it was -> why.
+        kept: path of a linear, or of the embedding, left as it was -> why.
         bytes_before: of the model's tensors, tied ones once.
         bytes_after: the same afterwards.
     """
@@ -93,7 +93,7 @@ def plan(
         skip: paths of linears, or of modules with some, to leave as they are.
 
     Returns:
-        Module path -> form, and module path of each linear to keep -> why.
+        Module path -> form, and module path -> why of each linear (and embedding asked for) to keep.
 
     Raises:
         ValueError: an argument is none of those named, or a path in `skip` is no module.
@@ -101,7 +101,7 @@ def plan(
     default = LayerForm(group_size=group_size)
     if embedding_bits not in (8, 16):
         raise ValueError(f"`embedding_bits` must be 8 or 16, got {embedding_bits!r}")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path in skip:
         if path not in modules:
             raise ValueError(f"`skip`: {type(model).__name__} has no module {path!r}")
@@ -110,16 +110,22 @@ def plan(
     layers: dict[str, LayerForm] = {}
     kept: dict[str, str] = {}
     embedding = model.get_input_embeddings() if embedding_bits == 8 else None
-    for name, module in modules.items():
-        if embedding is not None and module is embedding and fits(module, LayerForm(bits=8)):
-            layers[name] = LayerForm(bits=8, group_size=group_size)
+    for name, module in model.named_modules():
+        if embedding is not None and module is embedding:
+            others = [other for other in outside.get(name, ()) if not isinstance(modules.get(other), nn.Embedding)]
+            if fits(module, LayerForm(bits=8)) and not others:
+                layers[name] = LayerForm(bits=8, group_size=group_size)
+            else:
+                kept[name] = f"shares its weight with {', '.join(others)}" if others else f"a {type(module).__name__}"
         if not isinstance(module, nn.Linear):
             continue
         form = next((form for form in _forms(default) if fits(module, form)), None)
         if any(name == path or name.startswith(f"{path}.") for path in skip):
             kept[name] = "asked for"
-        elif name in outside or module is output:
-            kept[name] = "shares its weight with the embeddings" if name in outside else "output embeddings"
+        elif name in outside:
+            kept[name] = f"shares its weight with {', '.join(sorted(outside[name]))}"
+        elif module is output:
+            kept[name] = "output embeddings"
         elif type(module) is not nn.Linear:
             kept[name] = f"{type(module).__name__} is more than a linear"
         elif form is None:

@@ -3,7 +3,7 @@
 Importing `nunchaku_t5` registers it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,18 @@ class W4A16Quantizer(HfQuantizer):
             raise CheckpointError(f"{where}: {error}") from error
         if checkpoint_files:
             stored = TensorFiles([Path(file) for file in checkpoint_files])
-            check_shapes(model, {name: stored.info(name).shape for name in stored}, where)
+            if same_names(self.quantization_config.layers, stored):
+                check_shapes(model, {name: stored.info(name).shape for name in stored}, where)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, value in model.named_parameters():
+        parameters = dict(model.named_parameters())
+        # transformers 5 marks what it loaded, and makes up what is missing
+        loaded = {name for name, value in parameters.items() if getattr(value, "_is_hf_initialized", False)}
+        for name in self.quantization_config.layers:
+            missing = [key for key in (f"{name}.qweight", f"{name}.wscales") if loaded and key in parameters]
+            if not loaded.issuperset(missing):
+                raise CheckpointError(f"{name}: its quantised tensors are in none of the files; get them again")
+        for name, value in parameters.items():
             if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
                 raise CheckpointError(
                     f"{name} holds NaN or infinity in {value.dtype}: its file is damaged, or its values need another dtype"
@@ -86,6 +94,13 @@ def check_shapes(model: nn.Module, stored: Shapes, where: str) -> None:
             raise CheckpointError(
                 f"{where}: {shown(found)} must have shape {list(value.shape)}, found {list(stored[found])}"
             )
+
+
+def same_names(layers: Iterable[str], stored: Iterable[str]) -> bool:
+    """Whether files call a model's quantised layers as the model does: transformers renames some models' tensors while
+    it loads them, by rules of its own."""
+    names = set(stored)
+    return any(f"{layer}.qweight" in names for layer in layers)
 
 
 def dequantized(module: EncoderLinear | Int8Embedding, dtype: torch.dtype) -> nn.Module:
