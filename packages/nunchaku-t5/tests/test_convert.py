@@ -173,7 +173,9 @@ def test_wrong_arguments(
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"\x80\x04")
     tensors = load_file("t5/model.safetensors")
-    save_file({**tensors, "encoder.block.0.layer.1.DenseReluDense.wo.extra": torch.ones(1)}, "strange/model.safetensors")
+    save_file(
+        {**tensors, "encoder.block.0.layer.1.DenseReluDense.wo.extra": torch.ones(1)}, "strange/model.safetensors"
+    )
     del tensors["encoder.final_layer_norm.weight"]
     save_file(tensors, "bad/model.safetensors")
     config = json.loads(Path("lying/config.json").read_text())

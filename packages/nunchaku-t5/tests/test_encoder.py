@@ -105,7 +105,9 @@ def test_importing_twice_registers_once() -> None:
 def test_error_is_that_of_4_bits(tiny: SimpleNamespace, data: st.DataObject) -> None:
     """Asymmetric rounding to 16 values over the range of a group of normal numbers: about 8 to 11 % per weight."""
     model = data.draw(tiny.encoders(dtype=torch.float32))
-    before = {name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")}
+    before = {
+        name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")
+    }
     report = quantize_encoder(model, embedding_bits=8)
     assert report.layers and report.bytes_after < report.bytes_before
     for name, form in report.layers.items():

@@ -1,4 +1,4 @@
-"""float16 holds what T5's feed-forward parts make of it: activations beyond 65504 neither overflow nor lose the rest."""
+"""float16 holds what T5's feed-forward parts make of it: activations beyond 65504 do not overflow."""
 
 from pathlib import Path
 from types import SimpleNamespace

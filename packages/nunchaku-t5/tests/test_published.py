@@ -184,7 +184,7 @@ def test_no_safetensors_file(content: bytes, tmp_path: Path) -> None:
 def test_other_places(file: Path, tiny: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         NunchakuT5EncoderModel.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no .safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
         NunchakuT5EncoderModel.from_pretrained(tmp_path)
     tiny.make_encoder().save_pretrained(tmp_path / "16")
     with pytest.raises(CheckpointError, match="not quantised"):

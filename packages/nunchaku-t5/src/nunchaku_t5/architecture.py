@@ -102,7 +102,9 @@ def make_config(shapes: Shapes, given: Mapping[str, Any] | None, where: str) -> 
                 f"{where}: the config says `{name}` {shown(getattr(config, name))}, the tensors say {value}"
             )
     if config.is_gated_act != gated:
-        raise CheckpointError(f"{where}: `feed_forward_proj` {shown(config.feed_forward_proj)} does not fit the tensors")
+        raise CheckpointError(
+            f"{where}: `feed_forward_proj` {shown(config.feed_forward_proj)} does not fit the tensors"
+        )
     return config
 
 

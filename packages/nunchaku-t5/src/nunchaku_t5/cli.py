@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ QUANTIZE = """\
 Quantise the linears of a T5 or UMT5 encoder to 4 bits. Without texts no data is needed.
 
   nunchaku-t5 quantize my-pipeline/ -o t5-4bit/
+  nunchaku-t5 quantize my-pipeline/ -o t5-4bit/ --calibrate prompts.txt
   nunchaku-t5 quantize black-forest-labs/FLUX.1-dev -o t5-4bit/
   nunchaku-t5 quantize t5xxl_fp16.safetensors -o t5-4bit.safetensors
 
@@ -70,6 +72,16 @@ def add_commands(parser: argparse.ArgumentParser, program: str = "nunchaku-t5") 
         action="store_true",
         help="write the embeddings under both of their names, for loaders that insist (single files)",
     )
+    quantize.add_argument("--calibrate", metavar="TEXTS", help="fit to texts like these, one per line; slow, better")
+    quantize.add_argument("--tokenizer", metavar="FOLDER", help="folder or hub id (default: the one beside SOURCE)")
+    quantize.add_argument(
+        "--method", choices=("fitted", "awq"), default="fitted", help="with texts: ours, or as published (fitted)"
+    )
+    quantize.add_argument("--rank", type=int, default=0, help="with texts: width of a low-rank branch per linear (0)")
+    quantize.add_argument(
+        "--eight-bits", type=float, default=10, metavar="PERCENT",
+        help="with texts: how much the linears may grow by storing some of them in 8 bits (10)",
+    )  # fmt: skip
     quantize.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
     quantize.set_defaults(run=run_quantize)
 
@@ -82,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"nunchaku-t5 {__version__}")
     add_commands(parser)
     args = parser.parse_args(argv)
+    # Before torch loads OpenMP: threads that wait by spinning take the processor from whatever else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return int(args.run(args) or 0)
     except KeyboardInterrupt:
@@ -106,6 +120,10 @@ def run_quantize(args: argparse.Namespace) -> int:
         embedding_bits=args.embedding_bits,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
     )
+    if args.calibrate is not None:
+        calibrate(quantization, args)
+    elif args.rank:
+        raise ValueError("--rank needs texts: give some with --calibrate")
     conversion = Conversion(quantization, Path(args.output), embeddings_twice=args.embeddings_twice)
     started = time.monotonic()
     with tqdm(total=quantization.bytes_before, unit="B", unit_scale=True, desc="quantize") as bar:
@@ -121,3 +139,14 @@ def run_quantize(args: argparse.Namespace) -> int:
     for name, why in report.kept.items():
         print(f"  kept {name} in 16 bits: {why}")
     return 0
+
+
+def calibrate(quantization: Any, args: argparse.Namespace) -> None:
+    """Fit to the texts that were named."""
+    from nunchaku_t5.calibration import find_tokenizer, read_texts, tokenized
+
+    texts = read_texts(Path(args.calibrate))
+    tokenizer = find_tokenizer(args.source, args.tokenizer)
+    batches = tokenized(tokenizer, texts, quantization.source.config.vocab_size)
+    print(f"calibrating on {len(texts)} texts", file=sys.stderr)
+    quantization.calibrate(batches, method=args.method, rank=args.rank, eight_bits=args.eight_bits / 100)

@@ -11,6 +11,7 @@ from nunchaku_t5.errors import shown
 QUANT_METHOD = "nunchaku_w4a16"
 GROUP_SIZES = (64, 128)
 BITS = (4, 8)
+RANK_LIMIT = 4096
 LAYER_LIMIT = 100_000
 
 
@@ -19,14 +20,18 @@ class LayerForm:
     """How one module is stored.
 
     Attributes:
-        bits: 4, or 8 (embeddings).
+        bits: 4 or 8 (linears), 8 (embeddings: one scale per row).
         group_size: inputs per scale of a linear: 64 or 128.
+        rank: width of a linear's 16-bit low-rank branch; 0 for none.
     """
 
     bits: int = 4
     group_size: int = 128
+    rank: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 0 <= self.rank <= RANK_LIMIT:
+            raise ValueError(f"`rank` must be 0 to {RANK_LIMIT}, got {shown(self.rank)}")
         for name, value, allowed in (("bits", self.bits, BITS), ("group_size", self.group_size, GROUP_SIZES)):
             if isinstance(value, bool) or value not in allowed:
                 raise ValueError(f"`{name}` must be {' or '.join(map(str, allowed))}, got {shown(value)}")

@@ -1,17 +1,20 @@
 """A 16-bit encoder's tensors to those of its 4-bit form, module by module: into a model, a file or a folder."""
 
+import copy
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nunchaku_t5.architecture import EMBEDDINGS
+from nunchaku_kernels.formats import pack_w4a16
+from nunchaku_t5.architecture import EMBEDDINGS, tensor_names
+from nunchaku_t5.calibration import METHODS, Batch, EncoderBlocks, FittedBlock, Method, choose_eight_bits
 from nunchaku_t5.config import W4A16Config
 from nunchaku_t5.errors import CheckpointError
 from nunchaku_t5.files import (
@@ -25,7 +28,7 @@ from nunchaku_t5.files import (
 )
 from nunchaku_t5.layers import stored_tensors
 from nunchaku_t5.published import metadata, to_published_name
-from nunchaku_t5.quantize import HALF_DTYPES, plan, quantize_weight
+from nunchaku_t5.quantize import HALF_DTYPES, plan, quantize_module
 from nunchaku_t5.sources import EncoderSource, as_entries
 
 Tensors = dict[str, torch.Tensor]
@@ -71,10 +74,15 @@ class EncoderQuantization:
         self.layers, self.kept = plan(source.model, group_size=group_size, embedding_bits=embedding_bits)
         if not self.layers:
             raise CheckpointError(f"{source.where}: no layer can be quantised: {self.kept}")
-        self.config = W4A16Config(group_size, self.layers)
+        self._group_size = group_size
+        self._fitting: _Fitting | None = None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self.config = W4A16Config(self._group_size, self.layers)
         self.modules: dict[str, list[str]] = {}
         self.infos: dict[str, TensorInfo] = {}
-        for path, module in source.model.named_modules():
+        for path, module in self.source.model.named_modules():
             if f"{path}.weight" == EMBEDDINGS[1]:  # tied
                 continue
             if path in self.layers:
@@ -84,6 +92,48 @@ class EncoderQuantization:
             for name, (shape, dtype_) in stored_as.items():
                 self.modules.setdefault(path, []).append(f"{path}.{name}")
                 self.infos[f"{path}.{name}"] = TensorInfo(shape, dtype_ or self.dtype)
+
+    def calibrate(
+        self, batches: Sequence[Batch], *, method: str = "fitted", rank: int = 0, eight_bits: float = 0.1
+    ) -> None:
+        """Fit the linears to texts instead of rounding their weights to the nearest.
+
+        Takes the 16-bit encoder into memory (mapped, where its files are in bfloat16) and, for `eight_bits`, runs it
+        forward and backward on all batches at once; the fitting itself is done while `made` is iterated.
+
+        Args:
+            batches: see `calibration.tokenized`.
+            method: "fitted" (GPTQ and what goes with it) or "awq" (as the published file was made).
+            rank: of a 16-bit low-rank branch beside each linear; 0 for none; "fitted" only.
+            eight_bits: bytes that linears in 8 bits may add, relative to those of all linears in 4 bits; "fitted" only.
+
+        Raises:
+            ValueError: an argument does not fit.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+        if eight_bits < 0 or not batches:
+            raise ValueError(
+                f"`eight_bits` must not be negative, `batches` not empty; got {eight_bits}, {len(batches)}"
+            )
+        if method == "awq":
+            rank, eight_bits = 0, 0.0
+        linears = [name for name in self.layers if f"{name}.weight" not in EMBEDDINGS]
+        self.layers |= {name: replace(self.layers[name], rank=rank) for name in linears}
+        model = self._sixteen_bit_model()
+        if eight_bits:
+            self.layers = choose_eight_bits(model, batches, self.layers, eight_bits)
+        self._fitting = _Fitting(model, batches, METHODS[method], linears)
+        self._lay_out()
+
+    def _sixteen_bit_model(self) -> Any:
+        """In float32 where the source is, else in bfloat16, which has the range that T5's activations need."""
+        source = self.source
+        stored = source.dtype("encoder.final_layer_norm.weight")
+        tensors = {name: source.get(name) for name in tensor_names(source.model)}
+        config = copy.deepcopy(source.config)
+        dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
+        return type(source.model).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 
     @property
     def bytes_before(self) -> int:
@@ -95,14 +145,15 @@ class EncoderQuantization:
         return 2 * sum(value.numel() for value in self.source.model.get_submodule(path).parameters(recurse=False))
 
     def make(self, path: str) -> Tensors:
-        """The tensors of a module, by their names in the model.
+        """The tensors of a module, by their names in the model, without calibration.
 
         Raises:
             CheckpointError: one of them is not finite, or too large for `dtype`.
         """
         if path in self.layers:
+            module, weight = self.source.model.get_submodule(path), self.source.get(f"{path}.weight")
             try:
-                made = quantize_weight(self.source.get(f"{path}.weight"), self.layers[path], self.dtype)
+                made = quantize_module(module, weight, self.layers[path], self.dtype)
             except ValueError as error:
                 raise CheckpointError(f"{self.source.where}: {path}: {error}") from error
             return {f"{path}.{name}": tensor for name, tensor in made.items()}
@@ -114,11 +165,15 @@ class EncoderQuantization:
         return tensors
 
     def made(self, *, threads: int | None = None) -> Iterator[tuple[str, Tensors]]:
-        """What `make` gives for each module, in order.
+        """What becomes of each module, in order.
 
         Args:
-            threads: modules in work at a time, each by one thread; default: torch's number of threads.
+            threads: without calibration, modules in work at a time, each by one thread; default: torch's number of
+                threads.
         """
+        if self._fitting is not None:
+            yield from self._fitted(self._fitting)
+            return
         threads = threads or torch.get_num_threads()
         with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
             pending: deque[tuple[str, Future[Tensors]]] = deque()
@@ -134,6 +189,27 @@ class EncoderQuantization:
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    def _fitted(self, fitting: "_Fitting") -> Iterator[tuple[str, Tensors]]:
+        """Like `made`, block by block, behind blocks that are quantised already."""
+        blocks = iter(EncoderBlocks(fitting.model, fitting.batches, fitting.linears))
+        prefix, found = "", FittedBlock()
+        for path in self.modules:
+            if path.startswith("encoder.block.") and not (prefix and path.startswith(prefix)):
+                block = next(blocks)
+                prefix = f"{block.path}."
+                try:
+                    found = fitting.method(block, self.layers, self.dtype)
+                except ValueError as error:
+                    raise CheckpointError(f"{self.source.where}: {block.path}: {error}") from error
+            if path in found.weights:
+                packed = pack_w4a16(found.weights[path], torch.int16)
+                yield path, {f"{path}.{name}": tensor for name, tensor in packed.items()}
+                continue
+            tensors = self.make(path)
+            for name in tensors.keys() & found.changed.keys():
+                tensors[name] = found.changed[name].to(self.dtype)
+            yield path, tensors
+
     def load(self, **kwargs: Any) -> Any:
         """The quantised model itself.
 
@@ -146,6 +222,14 @@ class EncoderQuantization:
         config = self.source.config
         config.quantization_config = self.config.to_dict()
         return type(self.source.model).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    model: Any
+    batches: Sequence[Batch]
+    method: Method
+    linears: Sequence[str]
 
 
 @contextmanager

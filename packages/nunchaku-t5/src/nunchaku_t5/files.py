@@ -96,7 +96,9 @@ class TensorFiles:
         whole = [file for file in found if file.name == WEIGHTS_NAME] or found
         if len(whole) != 1:
             what = "no" if not found else f"{len(found)}"
-            raise CheckpointError(f"{path} holds {what} .safetensors files, and neither {INDEX_NAME} nor {WEIGHTS_NAME}")
+            raise CheckpointError(
+                f"{path} holds {what} .safetensors files, and neither {INDEX_NAME} nor {WEIGHTS_NAME}"
+            )
         return cls(whole)
 
     def __iter__(self) -> Iterator[str]:
@@ -188,7 +190,7 @@ class StreamingWriter:
 
     def __enter__(self) -> Self:
         # Not tempfile: its files are readable by the owner only, and the result should follow the umask.
-        self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by __exit__
+        self._file = open(self._temporary, "xb")
         try:
             self._put(self._header)
         except BaseException as error:

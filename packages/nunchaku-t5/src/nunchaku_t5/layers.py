@@ -13,7 +13,7 @@ from nunchaku_t5.errors import shown
 
 
 class EncoderLinear(W4A16Linear):
-    """A linear of an encoder in 4 bits.
+    """A linear of an encoder in 4 bits, or 8.
 
     Args:
         wide: with float16 inputs, compute and return float32. For a feed-forward part whose activations exceed what
@@ -84,9 +84,9 @@ class Int8Embedding(nn.Module):
 def fits(module: nn.Module, form: LayerForm) -> bool:
     """Whether a module can be stored in a form."""
     if type(module) is nn.Embedding:
-        return form.bits == 8
+        return form.bits == 8 and form.rank == 0
     if type(module) is nn.Linear:  # a subclass means more than a product
-        return form.bits == 4 and module.in_features % form.group_size == 0 and module.out_features % 4 == 0
+        return module.in_features % form.group_size == 0 and module.out_features % 4 == 0
     return False
 
 
@@ -97,12 +97,15 @@ def stored_tensors(module: nn.Module, form: LayerForm) -> dict[str, tuple[tuple[
         return {"weight": ((rows, width), torch.int8), "wscales": ((rows,), None)}
     assert isinstance(module, nn.Linear)
     inputs, outputs = module.in_features, module.out_features
-    groups = padded_groups(inputs // form.group_size, form.group_size)
+    columns = inputs * form.bits // 4  # 8 bits are two planes of 4
+    groups = padded_groups(columns // form.group_size, form.group_size)
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
-        "qweight": ((outputs // 4, inputs), torch.int16),
+        "qweight": ((outputs // 4, columns), torch.int16),
         "wscales": ((groups, outputs), None),
         "wzeros": ((groups, outputs), None),
     }
+    if form.rank:
+        tensors |= {"proj_down": ((form.rank, inputs), None), "proj_up": ((outputs, form.rank), None)}
     if module.bias is not None:
         tensors["bias"] = ((outputs,), None)
     return tensors
@@ -138,6 +141,8 @@ def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | No
                 original.out_features,
                 bias=original.bias is not None,
                 group_size=form.group_size,
+                bits=form.bits,
+                rank=form.rank,
                 dtype=original.weight.dtype,
                 device=device,
                 name=name,
@@ -153,7 +158,8 @@ def places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for child, module in parent._modules.items():
-            found.setdefault(module, []).append((parent, child))
+            if module is not None:
+                found.setdefault(module, []).append((parent, child))
     return found
 
 

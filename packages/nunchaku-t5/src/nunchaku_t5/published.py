@@ -56,13 +56,13 @@ def read_config(files: TensorFiles, where: str) -> tuple[Any, W4A16Config]:
     infos = {to_module_name(name): files.info(name) for name in files}
     if len(infos) != len(files):
         raise CheckpointError(f"{where} holds both names of a tensor (scales and wscales, or scaled_zeros and wzeros)")
-    layers = _layer_forms(infos, where)
-    if not layers:
-        raise CheckpointError(f"{where} holds no 4-bit layers (tensors named ....qweight); quantise it first")
+    for name, info in infos.items():
+        if name.endswith(".qweight") and (info.dtype != torch.int16 or len(info.shape) != 2):
+            raise CheckpointError(f"{where}: {shown(name)} must be an int16 matrix, found {info}")
+    quantization = _quantization(infos, files.metadata.get("quantization_config"), where)
     text = files.metadata.get("config")
     given = None if text is None else parse_json(text, f"{where}: metadata `config`")
-    usual = Counter(form.group_size for form in layers.values()).most_common(1)[0][0]
-    return make_config(_original_shapes(infos, layers), given, where), W4A16Config(usual, layers)
+    return make_config(_original_shapes(infos, quantization.layers), given, where), quantization
 
 
 def state_dict(files: TensorFiles) -> dict[str, torch.Tensor]:
@@ -73,24 +73,31 @@ def state_dict(files: TensorFiles) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _layer_forms(infos: Mapping[str, TensorInfo], where: str) -> dict[str, LayerForm]:
-    """Module path -> form, from the tensors."""
-    layers = {}
-    for name in infos:
-        module, _, last = name.rpartition(".")
-        if last == "qweight":
-            layers[module] = LayerForm(group_size=_group_size(infos, module, where))
-    shared = infos.get(EMBEDDINGS[0])
-    if layers and shared is not None and shared.dtype == torch.int8:
-        layers[EMBEDDINGS[0].removesuffix(".weight")] = LayerForm(bits=8)
-    return layers
+def _quantization(infos: Mapping[str, TensorInfo], text: str | None, where: str) -> W4A16Config:
+    """How the modules are stored: published files leave it to their tensors, ours say it, too.
+
+    What ours say is only a claim: the shapes of all tensors are compared with it before anything is allocated.
+    """
+    modules = {name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")}
+    if not modules:
+        raise CheckpointError(f"{where} holds no 4-bit layers (tensors named ....qweight); quantise it first")
+    if text is not None:
+        said = f"{where}: metadata `quantization_config`"
+        try:
+            config: W4A16Config = W4A16Config.from_dict(parse_json(text, said))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{said}: {error}") from error
+        if {name for name in config.layers if f"{name}.weight" not in EMBEDDINGS} != modules:
+            raise CheckpointError(f"{said} names other modules than those that have a qweight")
+        return config
+    layers = {module: LayerForm(group_size=_group_size(infos, module, where)) for module in sorted(modules)}
+    usual = Counter(form.group_size for form in layers.values()).most_common(1)[0][0]
+    return W4A16Config(usual, layers)
 
 
 def _group_size(infos: Mapping[str, TensorInfo], module: str, where: str) -> int:
     """From the padded number of groups, which is twice as large for 64 as for 128."""
     qweight, wscales = infos[f"{module}.qweight"], infos.get(f"{module}.wscales")
-    if qweight.dtype != torch.int16 or len(qweight.shape) != 2:
-        raise CheckpointError(f"{where}: {shown(module)}.qweight must be an int16 matrix, found {qweight}")
     if wscales is None or len(wscales.shape) != 2:
         raise CheckpointError(f"{where}: {shown(module)} has a qweight, but no matrix of scales")
     inputs = qweight.shape[1]
@@ -98,18 +105,18 @@ def _group_size(infos: Mapping[str, TensorInfo], module: str, where: str) -> int
         if inputs and inputs % size == 0 and wscales.shape[0] == padded_groups(inputs // size, size):
             return size
     raise CheckpointError(
-        f"{where}: {shown(module)} has {inputs} inputs and {wscales.shape[0]} rows of scales, which fits neither groups "
-        "of 128 nor of 64"
+        f"{where}: {shown(module)} has {inputs} inputs and {wscales.shape[0]} rows of scales, which fits neither "
+        "groups of 128 nor of 64"
     )
 
 
 def _original_shapes(infos: Mapping[str, TensorInfo], layers: Mapping[str, LayerForm]) -> dict[str, tuple[int, ...]]:
     """The shapes that the tensors had before."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, info in infos.items():
         module, _, last = name.rpartition(".")
         if module in layers and last == "qweight":
-            shapes[f"{module}.weight"] = (info.shape[0] * 4, info.shape[1])
+            shapes[f"{module}.weight"] = (info.shape[0] * 4, info.shape[1] * 4 // layers[module].bits)
         elif module not in layers or last in ("weight", "bias"):
             shapes[name] = info.shape
     return shapes

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nunchaku_kernels.formats import pack_awq_int16, pack_awq_scales
-from nunchaku_kernels.quantize import quantize_w4a16
+from nunchaku_kernels.formats import W4A16Weights, pack_w4a16
+from nunchaku_kernels.quantize import quantize_affine
 from nunchaku_t5.config import GROUP_SIZES, LayerForm, W4A16Config
 from nunchaku_t5.layers import fits, swap_layers, tied_names
 from nunchaku_t5.quantizer import mark_quantized
@@ -38,36 +38,30 @@ class QuantizationReport:
 
 
 def quantize_weight(weight: torch.Tensor, form: LayerForm, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A weight as the tensors of its quantised module, bias excepted.
+    """A linear's weight as the tensors of its quantised module, bias excepted, rounded to nearest.
 
     Args:
-        weight: (N, K), any floating dtype: of a linear, or the rows of an embedding for 8 bits.
-        form: how to store it.
+        weight: (N, K), any floating dtype.
+        form: how to store it; without a low-rank branch, which takes data.
         dtype: of scales and zeros.
 
     Raises:
         ValueError: a weight that is not finite, or too large for `dtype`.
     """
-    if form.bits == 8:
-        return dict(zip(("weight", "wscales"), quantize_rows(weight, dtype), strict=True))
     weight = weight if weight.dtype in (*HALF_DTYPES, torch.float32) else weight.float()
-    codes, scales, zeros = quantize_w4a16(weight, form.group_size, symmetric=False, dtype=dtype)
-    return {
-        "qweight": pack_awq_int16(codes),
-        "wscales": pack_awq_scales(scales, form.group_size),
-        "wzeros": pack_awq_scales(zeros, form.group_size),
-    }
+    rounded = quantize_affine(weight, form.group_size, bits=form.bits, search=False, dtype=dtype)
+    return pack_w4a16(W4A16Weights(rounded.codes, rounded.scales, rounded.zeros, rounded.bits), torch.int16)
 
 
-def quantize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows to int8 with one scale each, `row = codes * scale`.
+def quantize_rows(rows: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """An embedding's rows as the tensors of an `Int8Embedding`.
 
     Args:
         rows: (N, K), any floating dtype.
         dtype: of the scales.
 
     Returns:
-        codes int8 (N, K), scales (N).
+        `weight` int8 (N, K) and `wscales` (N): row = weight * wscale.
 
     Raises:
         ValueError: a row that is not finite, or too large for `dtype`.
@@ -78,7 +72,15 @@ def quantize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
         raise ValueError(f"rows must be finite, with scales that fit {dtype}")
     # A row of zeros, or one so small that its scale is 0, has codes 0.
     steps = torch.where(scales == 0, torch.inf, scales.float())
-    return (values / steps.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8), scales
+    codes = (values / steps.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+    return {"weight": codes, "wscales": scales}
+
+
+def quantize_module(
+    module: nn.Module, weight: torch.Tensor, form: LayerForm, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The weight of a linear or an embedding as the tensors of its quantised module, see above; bias excepted."""
+    return quantize_rows(weight, dtype) if isinstance(module, nn.Embedding) else quantize_weight(weight, form, dtype)
 
 
 def plan(
@@ -173,7 +175,7 @@ def quantize_encoder(
     for name, form in layers.items():
         module = model.get_submodule(name)
         try:
-            tensors[name] = quantize_weight(module.weight, form, module.weight.dtype)
+            tensors[name] = quantize_module(module, module.weight, form, module.weight.dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if getattr(module, "bias", None) is not None:

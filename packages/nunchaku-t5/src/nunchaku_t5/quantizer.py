@@ -1,4 +1,4 @@
-"""The method `nunchaku_w4a16` of transformers: stock `from_pretrained` loads quantised folders, `save_pretrained` writes.
+"""The method `nunchaku_w4a16` of transformers: stock `from_pretrained` loads, `save_pretrained` writes.
 
 Importing `nunchaku_t5` registers it.
 """
@@ -47,7 +47,7 @@ class W4A16Quantizer(HfQuantizer):
         for name, value in parameters.items():
             if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
                 raise CheckpointError(
-                    f"{name} holds NaN or infinity in {value.dtype}: its file is damaged, or its values need another dtype"
+                    f"{name} holds NaN or infinity in {value.dtype}: the file is damaged, or needs another dtype"
                 )
         return model
 
