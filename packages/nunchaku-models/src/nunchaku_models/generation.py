@@ -1,6 +1,7 @@
 """What `nunchaku generate` does, as functions: load a pipeline, draw, report."""
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -277,12 +278,31 @@ def load_text_encoder(pipeline: str | os.PathLike[str], source: str | None, dtyp
     """
     # Loading an entry point imports its package, which tells transformers about its method.
     loaders = [entry.load() for entry in entry_points(group=TEXT_ENCODERS)]
-    if loaders and source is not None:
-        parts: dict[str, Any] = loaders[0](pipeline, source, dtype=dtype)
-        return parts
-    if source is not None:
+    if source is None:
+        _check_quantized_parts(Path(pipeline).expanduser())
+        return {}
+    if not loaders:
         raise ValueError("--t5 needs the package nunchaku-t5; install it")
-    return {}
+    parts: dict[str, Any] = loaders[0](pipeline, source, dtype=dtype)
+    return parts
+
+
+def _check_quantized_parts(pipeline: Path) -> None:
+    """Raise CheckpointError for a local pipeline with a text encoder of a method that nobody knows: transformers would
+    only warn, and make weights up."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    for config in sorted(pipeline.glob("text_encoder*/config.json")):
+        try:
+            entries = json.loads(config.read_text())
+            method = entries.get("quantization_config", {}).get("quant_method")
+        except (OSError, ValueError, AttributeError):
+            continue  # transformers says what is wrong with it
+        if isinstance(method, str) and method not in AUTO_QUANTIZER_MAPPING:
+            raise CheckpointError(
+                f"{config.parent} is quantised by {method!r}, which no installed package knows; for nunchaku_w4a16 "
+                "install nunchaku-t5"
+            )
 
 
 ADAPTERS = "nunchaku.adapters"

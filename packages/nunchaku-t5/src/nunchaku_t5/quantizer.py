@@ -37,15 +37,15 @@ class W4A16Quantizer(HfQuantizer):
                 check_shapes(model, {name: stored.info(name).shape for name in stored}, where)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        parameters = dict(model.named_parameters())
+        parameters = {name: value for name, value in model.named_parameters() if not value.is_meta}  # not on disk
         # transformers 5 marks what it loaded, and makes up what is missing
         loaded = {name for name, value in parameters.items() if getattr(value, "_is_hf_initialized", False)}
         for name in self.quantization_config.layers:
-            missing = [key for key in (f"{name}.qweight", f"{name}.wscales") if loaded and key in parameters]
-            if not loaded.issuperset(missing):
+            held = {f"{name}.qweight", f"{name}.wscales"} & parameters.keys()
+            if loaded and not held <= loaded:
                 raise CheckpointError(f"{name}: its quantised tensors are in none of the files; get them again")
         for name, value in parameters.items():
-            if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
+            if value.is_floating_point() and not value.isfinite().all():
                 raise CheckpointError(
                     f"{name} holds NaN or infinity in {value.dtype}: the file is damaged, or needs another dtype"
                 )
