@@ -86,6 +86,9 @@ def test_is_what_transformers_makes_of_it(kind: str, tiny: SimpleNamespace, tmp_
     model.save_pretrained(tmp_path)
     loaded = NunchakuT5EncoderModel.from_pretrained(tmp_path, device="cpu", attn_implementation="eager")
     assert isinstance(loaded, T5EncoderModel if kind == "t5" else UMT5EncoderModel)
+    layer = loaded.encoder.block[0].layer[0].SelfAttention.q
+    assert not any(value.requires_grad for value in layer.parameters())
+    assert layer(torch.ones(3, 128)).isfinite().all()  # outside of no_grad, too
     assert loaded.dtype == torch.bfloat16 and loaded.device.type == "cpu" and not loaded.training
     assert loaded.config.model_type == kind and loaded.config._attn_implementation == "eager"
     inputs = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6)}

@@ -37,18 +37,20 @@ class W4A16Quantizer(HfQuantizer):
                 check_shapes(model, {name: stored.info(name).shape for name in stored}, where)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        parameters = {name: value for name, value in model.named_parameters() if not value.is_meta}  # not on disk
         # transformers 5 marks what it loaded, and makes up what is missing
-        loaded = {name for name, value in parameters.items() if getattr(value, "_is_hf_initialized", False)}
+        marks = any(getattr(value, "_is_hf_initialized", False) for value in model.parameters())
         for name in self.quantization_config.layers:
-            held = {f"{name}.qweight", f"{name}.wscales"} & parameters.keys()
-            if loaded and not held <= loaded:
-                raise CheckpointError(f"{name}: its quantised tensors are in none of the files; get them again")
-        for name, value in parameters.items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise CheckpointError(
-                    f"{name} holds NaN or infinity in {value.dtype}: the file is damaged, or needs another dtype"
-                )
+            for key, value in model.get_submodule(name).named_parameters():
+                value.requires_grad_(False)
+                if value.is_meta:  # stays on disk
+                    continue
+                if marks and not getattr(value, "_is_hf_initialized", False):
+                    raise CheckpointError(f"{name}: its `{key}` is in none of the files; get them again")
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise CheckpointError(
+                        f"{name}: `{key}` holds NaN or infinity in {value.dtype}: the file is damaged, or needs "
+                        "another dtype"
+                    )
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
