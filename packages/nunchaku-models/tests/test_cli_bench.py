@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nunchaku_kernels.bench.quantizer import STEPS
+from nunchaku_models.cli import bench
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -48,6 +51,34 @@ def test_quantizer(cli: Cli) -> None:
 def test_wrong_arguments(arguments: tuple[str, ...], word: str, cli: Cli) -> None:
     code, out, err = cli("bench", *arguments)
     assert code == 2 and not out and word in err and "Traceback" not in err
+
+
+def test_plug_ins(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise ImportError("no module named\nwhatever")
+
+    def plain(kinds: Any) -> None:
+        parser = kinds.add_parser("plain")
+        parser.set_defaults(run=lambda args: print(json.dumps({"json": args.json})))
+
+    def own_option(kinds: Any) -> None:
+        parser = kinds.add_parser("own")
+        parser.add_argument("--json", metavar="FILE")
+        parser.set_defaults(run=lambda args: print(args.json))
+
+    points = {"bad": broken, "plain": lambda: plain, "own": lambda: own_option}
+
+    def entry_points(group: str) -> list[Any]:
+        assert group == "nunchaku.bench"
+        return [SimpleNamespace(name=name, load=load) for name, load in points.items()]
+
+    monkeypatch.setattr(bench, "entry_points", entry_points)
+    code, out, err = cli("bench", "plain", "--json", "--verbose")
+    assert code == 0 and json.loads(out) == {"json": True}
+    assert err == "nunchaku: the benchmark 'bad' is not available: no module named whatever\n"
+    code, out, _ = cli("bench", "own", "--json", "x.json")
+    assert code == 0 and out == "x.json\n"
+    assert cli("bench", "linear", "--shape", "64")[0] == 2  # ours are still there
 
 
 @pytest.mark.parametrize("what", [(), ("linear",), ("quantizer",)])

@@ -1,10 +1,19 @@
-"""`nunchaku bench WHAT`: measure this machine, and the quantiser."""
+"""`nunchaku bench WHAT`: measure this machine, and the quantiser.
+
+Other packages add benchmarks of their own through the entry-point group `nunchaku.bench`: a function that takes the
+argparse sub-parser collection of `bench`, adds its parser and sets `run` to a function of the parsed arguments.
+"""
 
 import argparse
+import contextlib
 import json
 import re
+import sys
 import time
+from importlib.metadata import entry_points
 from typing import Any
+
+ENTRY_POINTS = "nunchaku.bench"
 
 DESCRIPTION = """\
 Measure, and say what against: ratios above 1 are better than the named baseline; rows where we lose are printed too.
@@ -76,10 +85,20 @@ def register(subparsers: Any) -> None:
     quantizer.add_argument("--seed", type=int, default=0, help="seed of layers and tokens (0)")
     quantizer.set_defaults(run=run_quantizer)
 
-    for kind in (linear, quantizer):
-        kind.add_argument("--json", action="store_true", help="print one JSON object")
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()(kinds)
+        except Exception as error:
+            # one broken plug-in must not take the other benchmarks away
+            said = " ".join(str(error).split())
+            print(f"nunchaku: the benchmark {entry.name!r} is not available: {said}", file=sys.stderr)
+
+    for kind in kinds.choices.values():
+        with contextlib.suppress(argparse.ArgumentError):  # a plug-in may have its own
+            kind.add_argument("--json", action="store_true", help="print one JSON object")
         # as the command line's own, which stands before or after a command
-        kind.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        with contextlib.suppress(argparse.ArgumentError):
+            kind.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def run_linear(args: argparse.Namespace) -> int:
