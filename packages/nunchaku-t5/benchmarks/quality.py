@@ -4,7 +4,8 @@
 
 Needs nunchaku-models (the demo), and bitsandbytes for its row. Errors are `1 - cosine` of the last hidden states to
 those of the bfloat16 model, token by token, after the mean over all tokens is subtracted; padding is left out.
-Calibrated rows have seen some of the captions; `held-out` are the others.
+Calibrated rows have seen some of the captions; `held-out` are the others. Retrieval looks for a caption among those
+that the same model computes in float32: bfloat16 itself misses some, which differ by less than its rounding.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from recipes import BEST, RIVALS, STEPS, STORED_DTYPE, Batch, Encoder, Quantized, Recipe
+from recipes import BEST, RIVALS, STEPS, STORED_DTYPE, Encoder, Quantized, Recipe
 from synthetic import synthetic_encoder, synthetic_texts
 from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer, T5EncoderModel
@@ -30,6 +31,7 @@ from nunchaku_models.demo.prompts import LONG_LIST, SHORT_LIST
 from nunchaku_models.evaluation.drawing import draw
 from nunchaku_models.evaluation.metrics import psnr
 from nunchaku_models.generation import call_arguments, load_pipeline
+from nunchaku_t5.calibration import Batch
 
 BASELINE = "rtn-g128"
 STYLES = ("noto", "fluent")
@@ -72,12 +74,18 @@ def hidden_states(model: T5EncoderModel, texts: Texts) -> torch.Tensor:
 
 
 class Judge:
-    """Compares hidden states with those of the 16-bit model."""
+    """Compares hidden states with those of the 16-bit model, and finds captions among those of the exact one.
 
-    def __init__(self, reference: torch.Tensor, texts: Texts) -> None:
-        self.texts, self.counted = texts, texts.attention_mask.bool()
+    Args:
+        reference: of the model in bfloat16, float32 [C, T, D].
+        exact: of the same model in float32.
+        texts: the captions.
+    """
+
+    def __init__(self, reference: torch.Tensor, exact: torch.Tensor, texts: Texts) -> None:
+        self.counted = texts.attention_mask.bool()
         self.mean = reference[self.counted].mean(dim=0)
-        self.reference = self._centred(reference)
+        self.reference, self.exact = self._centred(reference), self._centred(exact)
 
     def error(self, states: torch.Tensor, captions: torch.Tensor) -> float:
         """Mean `1 - cosine` over the tokens of some captions (bool [C])."""
@@ -86,14 +94,14 @@ class Judge:
         return 1 - float(similarity.double().mean())
 
     def retrieval(self, states: torch.Tensor, *, pooled: bool) -> float:
-        """Share of captions, in percent, whose nearest neighbour among those of the 16-bit model is themselves.
+        """Share of captions, in percent, whose nearest neighbour among those of the exact model is themselves.
 
         Args:
             states: [C, T, D].
             pooled: compare means over tokens by cosine; else whole sequences by distance, which is what a diffusion
                 model sees of a caption.
         """
-        mine, theirs = self._centred(states), self.reference
+        mine, theirs = self._centred(states), self.exact
         if pooled:
             lengths = self.counted.sum(dim=1, keepdim=True)
             mine, theirs = (torch.nn.functional.normalize(x.sum(dim=1) / lengths, dim=1) for x in (mine, theirs))
@@ -109,8 +117,8 @@ class Judge:
 
 def compared(
     prefix: str, model: T5EncoderModel, texts: Texts, batches: Sequence[Batch], recipes: dict[str, Recipe]
-) -> tuple[list[Row], dict[str, Quantized]]:
-    """Rows of all recipes on one encoder, and what they made.
+) -> list[Row]:
+    """Rows of all recipes on one encoder.
 
     Args:
         prefix: of the rows' names.
@@ -120,35 +128,39 @@ def compared(
         recipes: the first is the baseline.
     """
     encoder = Encoder(model, batches)
-    judge = Judge(hidden_states(Quantized().applied_to(model), texts), texts)
+    reference, exact = hidden_states(Quantized().applied_to(model), texts), hidden_states(model, texts)
+    judge = Judge(reference, exact, texts)
     everything, unseen = torch.ones_like(texts.calibration), ~texts.calibration
     rows: list[Row] = []
-    made: dict[str, Quantized] = {}
     baseline: list[float] = []
 
-    def add(name: str, states: torch.Tensor, nbytes: int | None) -> None:
-        errors = [judge.error(states, captions) for captions in (everything, unseen)]
-        baseline.extend(errors if not baseline and nbytes else [])
-        for what, error, against in zip(("all", "held-out"), errors, baseline or (0.0, 0.0), strict=False):
+    def errors(name: str, states: torch.Tensor) -> None:
+        found = [judge.error(states, captions) for captions in (everything, unseen)]
+        if name == BASELINE:
+            baseline.extend(found)
+        for what, error, against in zip(("all", "held-out"), found, baseline or (0.0, 0.0), strict=True):
             given = {"baseline": BASELINE, "ratio": against / error} if against else {}
             rows.append(Row(f"{prefix}/{name}/error/{what}", error, "1-cosine", **given))
+
+    def retrieval(name: str, states: torch.Tensor) -> None:
         for what, pooled in (("sequence", False), ("pooled", True)):
             value = judge.retrieval(states, pooled=pooled)
             rows.append(Row(f"{prefix}/{name}/retrieval/{what}", value, "%"))
-        if nbytes is not None:
-            bits = 8 * nbytes / sum(linear.weight.numel() for linear in encoder.linears.values())
-            rows.append(Row(f"{prefix}/{name}/size", bits, "bits/weight"))
 
-    # The 16-bit model computed in float32: what bfloat16's own rounding costs.
-    add("float32", hidden_states(model, texts), None)
+    errors("float32", exact)  # what bfloat16's own rounding costs
+    retrieval("bfloat16", reference)
     for name, recipe in recipes.items():
         started = time.process_time()
-        made[name] = recipe(encoder)
-        add(name, hidden_states(made[name].applied_to(model), texts), made[name].nbytes)
-        say(f"{prefix}/{name}: error {rows[-5].value:.3g}, {time.process_time() - started:.0f} s of processor time")
+        made = recipe(encoder)
+        states = hidden_states(made.applied_to(model), texts)
+        errors(name, states)
+        say(f"{prefix}/{name}: error {rows[-1].value:.3g}, {time.process_time() - started:.0f} s of processor time")
+        retrieval(name, states)
+        bits = 8 * made.nbytes / sum(linear.weight.numel() for linear in encoder.linears.values())
+        rows.append(Row(f"{prefix}/{name}/size", bits, "bits/weight"))
     for name, harm in encoder.sensitivities().items():
         rows.append(Row(f"{prefix}/sensitivity/{name}", harm, "|change|^2"))
-    return rows, made
+    return rows
 
 
 def demo_encoder() -> T5EncoderModel:
@@ -159,7 +171,7 @@ def demo_rows(seed: int) -> list[Row]:
     """Everything on the demo's encoder."""
     texts = demo_texts(seed)
     batches = calibration_batches(texts, padded=True)
-    return compared("t5/demo", demo_encoder(), texts, batches, {**RIVALS, **STEPS})[0]
+    return compared("t5/demo", demo_encoder(), texts, batches, {**RIVALS, **STEPS})
 
 
 def synthetic_rows(seeds: Sequence[int]) -> list[Row]:
@@ -169,7 +181,7 @@ def synthetic_rows(seeds: Sequence[int]) -> list[Row]:
         model = synthetic_encoder(seed).to(STORED_DTYPE).float()
         ids, mask = synthetic_texts(384, seed)
         texts = Texts(ids, mask, torch.arange(len(ids)) < 192)
-        rows, _ = compared(
+        rows = compared(
             f"t5/synthetic-{seed}", model, texts, calibration_batches(texts, padded=False), dict(RIVALS | STEPS)
         )
         found.append([row for row in rows if "/sensitivity/" not in row.name])
@@ -189,7 +201,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 def layer_rows(seed: int) -> list[Row]:
     """The demo's encoder with only one linear in 4 bits, rounded to nearest: which ones hurt."""
     texts, model = demo_texts(seed), demo_encoder()
-    judge = Judge(hidden_states(Quantized().applied_to(model), texts), texts)
+    judge = Judge(hidden_states(Quantized().applied_to(model), texts), hidden_states(model, texts), texts)
     everything = torch.ones_like(texts.calibration)
     encoder = Encoder(model, [])
     forms = RIVALS[BASELINE](encoder).forms

@@ -1,9 +1,8 @@
 """Ways to quantise a T5 encoder's linears, for `quality.py`: rivals, and each of our steps on top of the one before."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,12 +11,7 @@ from transformers import T5EncoderModel
 from nunchaku_kernels.formats import W4A16Weights, pack_w4a16
 from nunchaku_kernels.nn import W4A16Linear
 from nunchaku_kernels.quantize import (
-    BlockInputs,
     InputMetric,
-    InputSpans,
-    PairedMoments,
-    awq_round,
-    awq_smoothing,
     choose_wider,
     fit_w4a16,
     output_sensitivities,
@@ -25,22 +19,12 @@ from nunchaku_kernels.quantize import (
     quantize_w4a16,
     replace_weights,
 )
+from nunchaku_t5.calibration import METHODS, Batch, EncoderBlocks
+from nunchaku_t5.config import LayerForm
 
 GROUP_SIZE = 128
 RANK = 16
 STORED_DTYPE = torch.bfloat16
-
-
-class Batch(NamedTuple):
-    """Tokens [B, T]. Without `attention_mask` all are attended to, as FLUX runs T5; only `counted` ones are."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-
-    @property
-    def counted(self) -> torch.Tensor | None:
-        """bool [B, T], or None for all."""
-        return None if self.attention_mask is None else self.attention_mask.bool()
 
 
 @dataclass
@@ -126,57 +110,16 @@ class Encoder:
                 inputs.
         """
         forms: dict[str, W4A16Weights] = {}
-        for prefix, block, before, now in self.blocks(quantized=paired):
-            groups = before.groups()
-            originals = before.tokens([group[0] for group in groups])
-            for group in groups:
+        for block in EncoderBlocks(self.model, self.batches, list(self.linears)):
+            for group in block.groups:
                 first = group[0]
-                moments = now.moments(first, originals[first]) if paired else before.moments(first)
+                moments = block.now.moments(first, block.originals[first]) if paired else block.before.moments(first)
                 metric = InputMetric(moments)
-                for name in group:
-                    forms[prefix + name] = fit(prefix + name, block.get_submodule(name).weight.detach(), metric)
+                made = {name: fit(f"{block.path}.{name}", block.weight(name), metric) for name in group}
+                forms |= {f"{block.path}.{name}": form for name, form in made.items()}
                 if paired:
-                    replace_weights(block, {name: forms[prefix + name].dequantize() for name in group})
+                    replace_weights(block.module, {name: form.dequantize() for name, form in made.items()})
         return Quantized(forms)
-
-    def blocks(self, *, quantized: bool) -> Iterator[tuple[str, nn.Module, BlockInputs, BlockInputs]]:
-        """Block after block: prefix of names; a copy to put quantised weights in; the inputs of the original, and those
-        of the copy.
-
-        Args:
-            quantized: lead the inputs of the next copies through the copies before, with what was put in them.
-        """
-        hidden, contexts = self._entry()
-        arrived = list(hidden)
-        masks = [batch.counted for batch in self.batches]
-
-        def inputs(module: nn.Module, states: list[torch.Tensor]) -> BlockInputs:
-            return BlockInputs(module, lambda i: module(states[i], *contexts[i])[0], masks)
-
-        for index, original in enumerate(self.model.encoder.block):
-            block = copy.deepcopy(original)
-            before, now = inputs(original, hidden), inputs(block, arrived)
-            yield f"encoder.block.{index}.", block, before, now
-            hidden = before.outputs()
-            arrived = now.outputs() if quantized else hidden
-
-    @torch.no_grad()
-    def _entry(self) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
-        """For each batch, the hidden states that enter the first block; mask and position bias of all blocks."""
-        hidden, contexts = [], []
-        first, second = self.model.encoder.block[:2]
-        for batch in self.batches:
-            seen: dict[str, torch.Tensor] = {}
-            handles = [
-                first.register_forward_pre_hook(lambda _, given, to=seen: to.update(hidden=given[0], mask=given[1])),
-                second.register_forward_pre_hook(lambda _, given, to=seen: to.update(bias=given[2])),
-            ]
-            self.model(batch.input_ids, batch.attention_mask)
-            for handle in handles:
-                handle.remove()
-            hidden.append(seen["hidden"])
-            contexts.append((seen["mask"], seen["bias"]))
-        return hidden, contexts
 
 
 def stored_bytes(form: W4A16Weights) -> int:
@@ -206,46 +149,14 @@ def nf4(encoder: Encoder) -> Quantized:
 
 
 def plain_awq(encoder: Encoder) -> Quantized:
-    """AWQ as the published 4-bit T5 was made with it: smoothing folded into norms, v and wi_1; q, k, v without range
-    search."""
-    moments: dict[str, torch.Tensor] = {}
-    spans: dict[str, InputSpans] = {}
-    members: dict[str, list[str]] = {}
-    for prefix, _, before, _ in encoder.blocks(quantized=False):
-        groups = before.groups()
-        for group, tokens in zip(groups, before.tokens([group[0] for group in groups]).values(), strict=True):
-            first = prefix + group[0]
-            members[first] = [prefix + name for name in group]
-            gathered, spans[first] = PairedMoments(tokens[0].shape[1]), InputSpans(tokens[0].shape[1])
-            for x in tokens:
-                gathered.update(x)
-                spans[first].update(x)
-            moments[first] = gathered.moment
-    weights = {name: linear.weight.detach().clone() for name, linear in encoder.linears.items()}
-    folded: dict[str, torch.Tensor] = {}
-    ranges: dict[str, torch.Tensor | None] = {}
-    smoothings = {
-        first: awq_smoothing([weights[name] for name in group], spans[first], moments[first], group_size=GROUP_SIZE)
-        for first, group in members.items()
-    }
-    for first, smooth in smoothings.items():
-        for name in members[first]:
-            weights[name] *= smooth
-            ranges[name] = moments[first] / torch.outer(smooth, smooth)
-            if name.endswith((".q", ".k", ".v")):
-                ranges[name] = None
-        if first.endswith(".o"):
-            weights[first.removesuffix("o") + "v"] /= smooth.unsqueeze(1)
-        elif first.endswith(".wo"):
-            weights[first.removesuffix("wo") + "wi_1"] /= smooth.unsqueeze(1)
-        else:
-            norm = ".".join(first.split(".")[:5]) + ".layer_norm.weight"
-            folded[norm] = encoder.model.get_parameter(norm).detach() / smooth
-    forms = {
-        name: awq_round(weight, ranges[name], group_size=GROUP_SIZE, dtype=STORED_DTYPE)
-        for name, weight in weights.items()
-    }
-    return Quantized(forms, folded=folded)
+    """AWQ as the published 4-bit T5 was made with it."""
+    layers = dict.fromkeys(encoder.linears, LayerForm(group_size=GROUP_SIZE))
+    result = Quantized()
+    for block in EncoderBlocks(encoder.model, encoder.batches, list(encoder.linears)):
+        made = METHODS["awq"](block, layers, STORED_DTYPE)
+        result.forms |= made.weights
+        result.folded |= made.changed
+    return Quantized(result.forms, folded=result.folded)
 
 
 def searched(name: str, weight: torch.Tensor, metric: InputMetric) -> W4A16Weights:

@@ -77,13 +77,11 @@ class EncoderBlocks:
             path, module = f"encoder.block.{index}", copy.deepcopy(original)
             then = _Runs(original, hidden, [each[index] for each in calls])
             now = _Runs(module, quantized, then.calls)
-            before = BlockInputs(original, then, then, masks)
+            before = BlockInputs(original, then, masks)
             groups = [[name for name in group if f"{path}.{name}" in self._names] for group in before.groups()]
             groups = [group for group in groups if group]
-            originals: dict[str, list[torch.Tensor]] = {}
-            for group in groups:
-                originals |= before.record(group[:1])
-            yield Block(path, module, before, BlockInputs(module, then, now, masks), groups, originals)
+            originals = before.tokens([group[0] for group in groups])
+            yield Block(path, module, before, BlockInputs(module, now, masks), groups, originals)
             hidden, quantized = ([runs(i) for i in range(len(self.batches))] for runs in (then, now))
 
     def _entry(self) -> tuple[list[torch.Tensor], list[list[Call]]]:
