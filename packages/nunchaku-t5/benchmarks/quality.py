@@ -223,7 +223,7 @@ def picture_rows(seed: int, count: int) -> list[Row]:
     judge = load_judge()
     rows: list[Row] = []
     expected = None
-    for recipe in (None, BASELINE, BEST):
+    for recipe in (None, BEST):
         parts = dict(loaded.pipeline.components)
         if recipe is not None:
             parts["text_encoder_2"] = (RIVALS | STEPS)[recipe](encoder).applied_to(model)
@@ -258,12 +258,11 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=32, help="number of prompts")
     parser.add_argument("--json", type=Path, help="where to write the rows; those of other parts stay")
     given = parser.parse_args()
-    rows: list[Row] = []
     for part in given.parts or parts:
-        rows += parts[part](given)
-    print(table(rows))
-    if given.json:
-        write(rows, given.json)
+        rows = parts[part](given)
+        print(table(rows), flush=True)
+        if given.json:
+            write(rows, given.json)
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

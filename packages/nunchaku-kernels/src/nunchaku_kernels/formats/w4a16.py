@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nunchaku_kernels._checks import FLOAT_DTYPES, require_int_range, require_multiple, require_tensor
+from nunchaku_kernels._checks import FLOAT_DTYPES, require_multiple, require_tensor
 from nunchaku_kernels.formats.awq import pack_awq, pack_awq_int16, pack_awq_scales, unpack_awq, unpack_awq_scales
 
 CODE_OF_ZERO = {4: 0, 8: 128}
@@ -33,6 +33,20 @@ class W4A16Weights:
     bits: int = 4
     proj_down: torch.Tensor | None = None
     proj_up: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_bits("bits", self.bits)
+        n, k = require_tensor("codes", self.codes, (None, None), (torch.uint8,)).shape
+        groups = require_tensor("scales", self.scales, (n, None), FLOAT_DTYPES).shape[1]
+        require_multiple("scales", "G", groups, 1)
+        require_multiple("codes", "K", k, groups)
+        require_tensor("zeros", self.zeros, (n, groups), (self.scales.dtype,))
+        if self.proj_down is None or self.proj_up is None:
+            if self.proj_down is not self.proj_up:
+                raise ValueError("proj_down and proj_up: expected both or neither, got one")
+            return
+        rank = require_tensor("proj_down", self.proj_down, (None, k), FLOAT_DTYPES).shape[0]
+        require_tensor("proj_up", self.proj_up, (n, rank), FLOAT_DTYPES)
 
     @property
     def group_size(self) -> int:
@@ -68,21 +82,17 @@ def pack_w4a16(weights: W4A16Weights, container: torch.dtype = torch.int32) -> d
         weights: N a multiple of 4, K of 64 and of the group size 64 or 128.
         container: dtype of `qweight`: int32, or int16 as in the T5 files.
 
+    Raises:
+        ValueError: 4-bit codes beyond 15, or a shape that does not fit.
+
     Returns:
         `qweight`, `wscales`, `wzeros`; `proj_down` and `proj_up` where there is a branch.
     """
-    check_bits("bits", weights.bits)
-    n, k = require_tensor("codes", weights.codes, (None, None), (torch.uint8,)).shape
-    require_tensor("scales", weights.scales, (n, None), FLOAT_DTYPES)
-    require_multiple("codes", "K", k, max(weights.scales.shape[1], 1))
-    require_tensor("zeros", weights.zeros, tuple(weights.scales.shape), (weights.scales.dtype,))
     codes, scales, zeros = weights.codes, weights.scales, weights.zeros
     if weights.bits == 8:
         codes = torch.cat((codes >> 4, codes & 15), dim=1)
         zeros = torch.cat((-128 * scales, zeros), dim=1)
         scales = torch.cat((16 * scales, scales), dim=1)
-    else:
-        require_int_range("codes", codes, 0, 15)
     if container not in (torch.int32, torch.int16):
         raise TypeError(f"container: expected torch.int32 or torch.int16, got {container}")
     tensors = {
@@ -91,8 +101,6 @@ def pack_w4a16(weights: W4A16Weights, container: torch.dtype = torch.int32) -> d
         "wzeros": pack_awq_scales(zeros, weights.group_size),
     }
     if weights.proj_down is not None and weights.proj_up is not None:
-        rank = require_tensor("proj_down", weights.proj_down, (None, k), FLOAT_DTYPES).shape[0]
-        require_tensor("proj_up", weights.proj_up, (n, rank), FLOAT_DTYPES)
         tensors |= {"proj_down": weights.proj_down.contiguous(), "proj_up": weights.proj_up.contiguous()}
     return tensors
 

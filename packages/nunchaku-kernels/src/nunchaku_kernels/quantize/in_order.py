@@ -15,7 +15,11 @@ from nunchaku_kernels.quantize.metric import PairedMoments
 
 
 class BlockInputs:
-    """Batches of hidden states that run through a block; two of these calibrate it, see `fit_w4a16`.
+    """Batches of hidden states that run through a block.
+
+    Two of these calibrate it. One runs the original block on hidden states of the original model: its `tokens` are what
+    linears should have got. The other runs a copy, into which quantised weights are put group by group, on what the
+    quantised blocks before gave: its `moments`, paired with those tokens, make the metric for `fit_w4a16`.
 
     Args:
         block: any module. Its linears are all `nn.Linear`s under it that are called.
