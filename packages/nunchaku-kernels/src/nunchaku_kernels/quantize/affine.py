@@ -11,7 +11,7 @@ import torch
 
 from nunchaku_kernels._checks import FLOAT_DTYPES, require_finite, require_multiple, require_tensor
 from nunchaku_kernels.formats.w4a16 import CODE_OF_ZERO, check_bits
-from nunchaku_kernels.quantize._blocks import require_finite_scales, row_blocks
+from nunchaku_kernels.quantize._blocks import require_finite_scales, round_within_, row_blocks
 from nunchaku_kernels.quantize.residual import GroupedCodes
 
 _PLANE_BITS = 5
@@ -22,6 +22,10 @@ _PLANE_BITS = 5
 # varies; 49 finer candidates without refits come to 19, 16 and 16 %, and 51, 60 and 50 %.
 _SHRINKS = (1.0, 0.85, 0.7, 0.55)
 _REFITS = 4
+
+# Each is gone over some twenty times: small enough for a core's own cache, and for torch not to share it among threads,
+# which on a busy machine wait longer for each other than they compute (70 times as long was seen).
+_BLOCK_ELEMENTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class AffineCodes(GroupedCodes):
         self, values: torch.Tensor, lowest: int | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         low, high = level_range(self.bits)
-        return torch.round(values, out=out).clamp_(low if lowest is None else max(low, lowest), high)
+        levels = values.clone() if out is None else out if out is values else out.copy_(values)
+        return round_within_(levels, low if lowest is None else max(low, lowest), high)
 
     def with_levels(self, levels: torch.Tensor) -> Self:
         return replace(self, codes=(levels + CODE_OF_ZERO[self.bits]).to(torch.uint8))
@@ -112,7 +117,7 @@ def quantize_affine(
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(n, k // group_size, dtype=dtype or weight.dtype, device=weight.device)
     zeros = torch.empty_like(scales)
-    for rows in row_blocks(n, k):
+    for rows in row_blocks(n, k, _BLOCK_ELEMENTS):
         groups = weight[rows].float().view(-1, k // group_size, group_size)
         scale, zero = _searched(groups, counts, scales.dtype) if search and bits == 4 else _range(groups, scales, bits)
         levels = _rounded(groups, scale, zero, bits)
@@ -150,7 +155,7 @@ def _rounded(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits
     low, high = level_range(bits)
     # not NaN where a scale or zero overflowed, which is reported at the end
     exact = (groups - zero.unsqueeze(-1)).div_(scale.unsqueeze(-1)).nan_to_num_(nan=0.0)
-    return exact.round_().clamp_(low, high)
+    return round_within_(exact, low, high)
 
 
 def _searched(groups: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ def fit_w4a16(
     bits: int = 4,
     rank: int = 0,
     sweeps: int = 2,
-    num_iters: int = 2,
+    num_iters: int = 3,
     dtype: torch.dtype = torch.bfloat16,
 ) -> W4A16Weights:
     """Quantises `y = x @ weight.T` for the inputs that `metric` knows.
@@ -48,7 +48,7 @@ def fit_w4a16(
     for name, value, least in (("rank", rank, 0), ("sweeps", sweeps, 0), ("num_iters", num_iters, 1)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    target = metric.target(weight)
+    target = metric.target(weight.detach())
 
     def rounded(left: torch.Tensor) -> AffineCodes:
         start = quantize_affine(left, group_size, bits=bits, importance=metric.importance, dtype=dtype)

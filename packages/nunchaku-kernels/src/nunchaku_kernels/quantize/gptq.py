@@ -17,6 +17,8 @@ from nunchaku_kernels.quantize.residual import GroupedCodes, QuantizedResidual
 Codes = TypeVar("Codes", bound=GroupedCodes)
 
 _BLOCK = 128
+# Columns that are corrected one by one: a product of two vectors costs as much memory traffic as one of matrices.
+_INNER = 16
 # A matrix of fp32 moments can lack a Cholesky factor by its rounding alone; the published quantiser retries too.
 _RETRIES = 8
 
@@ -107,13 +109,16 @@ def gptq(
     # On a GPU the launches are what a column costs: results go where they are needed, without copies.
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
-        for k, value, level, error in zip(
-            range(first, last), work[first:last], levels[first:last], errors, strict=False
-        ):
-            torch.div(value, divisors[groups[k]], out=level)
-            start.nearest(level, lowest, out=level)
-            torch.addcmul(value, level, steps[groups[k]], value=-1, out=error).div_(pivots[k])
-            work[k + 1 : last].addr_(upper[k, k + 1 : last], error, alpha=-1)
+        for start_inner in range(first, last, _INNER):
+            stop = min(start_inner + _INNER, last)
+            for k in range(start_inner, stop):
+                value, level, error = work[k], levels[k], errors[k - first]
+                torch.div(value, divisors[groups[k]], out=level)
+                start.nearest(level, lowest, out=level)
+                torch.addcmul(value, level, steps[groups[k]], value=-1, out=error).div_(pivots[k])
+                work[k + 1 : stop].addr_(upper[k, k + 1 : stop], error, alpha=-1)
+            made = errors[start_inner - first : stop - first]
+            work[stop:last].addmm_(upper[start_inner:stop, stop:last].t(), made, alpha=-1)
         work[last:].addmm_(upper[first:last, last:].t(), errors[: last - first], alpha=-1)
     natural = torch.empty_like(levels)
     natural[order] = levels
@@ -153,16 +158,19 @@ def descend(target: torch.Tensor, start: Codes, hessian: torch.Tensor) -> Codes:
             slope.addmm_(block, change, alpha=-1)
             steps[group] = scales[group].float()
         step, local, before = steps[group], slope[rows].clone(), levels[rows].clone()
-        curvatures = inner.diagonal()
-        divisors = curvatures[:, None] * torch.where(step == 0, torch.inf, step)
+        divisors = inner.diagonal()[:, None] * torch.where(step == 0, torch.inf, step)
         moved = torch.zeros_like(local)
-        for k, curvature in enumerate(curvatures.tolist()):
-            if curvature <= 0:
-                continue
-            level = levels[first + k]
-            start.nearest(torch.addcdiv(level, local[k], divisors[k], out=level), out=level)
-            torch.sub(level, before[k], out=moved[k]).mul_(step)
-            local.addr_(inner[k], moved[k], alpha=-1)
+        curvatures = inner.diagonal().tolist()
+        for begin in range(0, size, _INNER):
+            end = min(begin + _INNER, size)
+            for k in range(begin, end):
+                if curvatures[k] <= 0:
+                    continue
+                level = levels[first + k]
+                start.nearest(torch.addcdiv(level, local[k], divisors[k], out=level), out=level)
+                torch.sub(level, before[k], out=moved[k]).mul_(step)
+                local[k + 1 : end].addr_(inner[k, k + 1 : end], moved[k], alpha=-1)
+            local[end:].addmm_(inner[begin:end, end:].t(), moved[begin:end], alpha=-1)
         slope.addmm_(block, moved, alpha=-1)
     result = start.with_levels(levels.t())
     moved_scales = {"scales": scales, "zeros": zeros}

@@ -13,77 +13,72 @@ from torch import nn
 
 from nunchaku_kernels.quantize.metric import PairedMoments
 
-Run = Callable[[int], torch.Tensor]
-"""Runs a block on batch i and returns the hidden states that it makes of it, [..., channels]."""
-
 
 class BlockInputs:
-    """The batches that calibrate a block.
+    """Batches of hidden states that run through a block; two of these calibrate it, see `fit_w4a16`.
 
     Args:
-        block: any module, on the device of the batches. Its linears are all `nn.Linear`s under it that are called.
-        original, quantized: run it on hidden states of the original model, and on those that come out of the quantised
-            blocks in front; where the two are the same, nothing is made up for.
+        block: any module. Its linears are all `nn.Linear`s under it that are called.
+        run: runs the block, as it is at that time, on batch i and returns the hidden states that it makes of it.
         masks: for each batch, which tokens count: bool with the shape of a linear's input without its channels; None
             for all.
     """
 
-    def __init__(self, block: nn.Module, original: Run, quantized: Run, masks: Sequence[torch.Tensor | None]) -> None:
+    def __init__(
+        self, block: nn.Module, run: Callable[[int], torch.Tensor], masks: Sequence[torch.Tensor | None]
+    ) -> None:
         if not masks:
             raise ValueError("masks: expected at least one batch, got none")
-        self.block, self.original, self.quantized, self.masks = block, original, quantized, masks
+        self.block, self.run, self.masks = block, run, masks
 
     def groups(self) -> list[list[str]]:
         """Names of the block's linears, in the order of their calls; those that are given the same tensor together."""
         groups: list[list[str]] = []
-        seen: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
 
         def record(name: str, x: torch.Tensor) -> None:
             if any(name in group for group in groups):
                 return
-            if not seen or seen[-1] is not x:
-                seen.append(x)
+            if not inputs or inputs[-1] is not x:
+                inputs.append(x)
                 groups.append([])
             groups[-1].append(name)
 
-        with _watching(dict(_linears(self.block)), record), torch.no_grad():
-            self.original(0)
+        linears = {name: module for name, module in self.block.named_modules() if type(module) is nn.Linear}
+        with _watching(linears, record), torch.no_grad():
+            self.run(0)
         return groups
 
-    def moments(self, names: Sequence[str], originals: Mapping[str, Sequence[torch.Tensor]]) -> PairedMoments:
-        """Of the input that some linears share, as it is now, paired with what it was.
+    def tokens(self, names: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+        """What reaches some linears: name -> [M, K] for each batch."""
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        modules = {name: self.block.get_submodule(name) for name in names}
+        for index, mask in enumerate(self.masks):
+
+            def keep(name: str, x: torch.Tensor, mask: torch.Tensor | None = mask) -> None:
+                found[name].append(x.detach().flatten(0, -2) if mask is None else x.detach()[mask])
+
+            with _watching(modules, keep), torch.no_grad():
+                self.run(index)
+        return found
+
+    def moments(self, name: str, originals: Sequence[torch.Tensor] | None = None) -> PairedMoments:
+        """Of the input of a linear, as it is now.
 
         Args:
-            names: one of `groups`.
-            originals: see `record`.
+            name: the linear; of those that share an input, any.
+            originals: its `tokens` in the original model, to be paired with those of now; None for none.
         """
-        first = self.block.get_submodule(names[0])
-        assert isinstance(first, nn.Linear)
-        moments = PairedMoments(first.in_features, first.weight.device)
-        for index, original in enumerate(originals[names[0]]):
-            moments.update(self._tokens(self.quantized, names[:1], index)[names[0]], original)
+        batches = self.tokens([name])[name]
+        moments = PairedMoments(batches[0].shape[1], batches[0].device)
+        for index, x in enumerate(batches):
+            moments.update(x, None if originals is None else originals[index])
         return moments
 
-    def record(self, names: Sequence[str]) -> dict[str, list[torch.Tensor]]:
-        """The tokens [M, K] that reach each of some linears in the original block, batch by batch."""
-        batches = [self._tokens(self.original, names, index) for index in range(len(self.masks))]
-        return {name: [batch[name] for batch in batches] for name in names}
-
-    def outputs(self, run: Run) -> list[torch.Tensor]:
+    def outputs(self) -> list[torch.Tensor]:
         """What the block makes of each batch."""
         with torch.no_grad():
-            return [run(index) for index in range(len(self.masks))]
-
-    def _tokens(self, run: Run, names: Sequence[str], index: int) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        mask = self.masks[index]
-
-        def keep(name: str, x: torch.Tensor) -> None:
-            found[name] = x.detach().flatten(0, -2) if mask is None else x.detach()[mask]
-
-        with _watching({name: self.block.get_submodule(name) for name in names}, keep), torch.no_grad():
-            run(index)
-        return found
+            return [self.run(index) for index in range(len(self.masks))]
 
 
 def replace_weights(block: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -93,12 +88,6 @@ def replace_weights(block: nn.Module, weights: Mapping[str, torch.Tensor]) -> No
         assert isinstance(linear, nn.Linear)
         with torch.no_grad():
             linear.weight.copy_(value)
-
-
-def _linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in block.named_modules():
-        if type(module) is nn.Linear:
-            yield name, module
 
 
 @contextmanager

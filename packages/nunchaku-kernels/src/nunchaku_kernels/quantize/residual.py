@@ -9,7 +9,7 @@ import torch
 
 from nunchaku_kernels.formats.e2m1 import decode, encode_ties_up, round_ties_up
 from nunchaku_kernels.formats.svdq import GROUP_SIZES, Precision
-from nunchaku_kernels.quantize._blocks import row_blocks
+from nunchaku_kernels.quantize._blocks import round_within_, row_blocks
 from nunchaku_kernels.quantize.int4 import INT4_MAX, INT4_MIN, quantize_int4
 from nunchaku_kernels.quantize.nvfp4 import quantize_nvfp4
 
@@ -118,7 +118,8 @@ class QuantizedResidual(GroupedCodes):
         """See `GroupedCodes`; `lowest` counts for int4 only."""
         if self.precision == "nvfp4":
             return round_ties_up(values, out=out)
-        return torch.round(values, out=out).clamp_(INT4_MIN if lowest is None else lowest, INT4_MAX)
+        levels = values.clone() if out is None else out if out is values else out.copy_(values)
+        return round_within_(levels, INT4_MIN if lowest is None else lowest, INT4_MAX)
 
     def with_levels(self, levels: torch.Tensor) -> Self:
         codes = encode_ties_up(levels) if self.precision == "nvfp4" else levels.to(torch.int8)

@@ -27,11 +27,13 @@ def output_sensitivities(
 
     To first order the change of the output along a direction v is the gradient of `v . output` towards what the linear
     gives, times what rounding does to that. With random signs for v, its square is the sum asked for on average; so one
-    backward pass serves all linears at once, where trying them takes a forward pass for each.
+    backward pass serves all linears at once, where trying them takes a forward pass for each. Sequences of a batch do
+    not see each other, so each is a sample of its own.
 
     Args:
         model: in float32 or bfloat16, without tensors that require gradients.
-        run: gives the output for a batch, differentiable, tokens that do not count left out or zero.
+        run: gives the output for a batch, differentiable, tokens that do not count left out or zero. The first
+            dimension of what the linears take is that of the sequences.
         batches: how many there are.
         names: of `nn.Linear`s of the model; K a multiple of `group_size`.
         group_size: of the rounding.
@@ -56,7 +58,7 @@ def output_sensitivities(
                 y = y.detach().requires_grad_()  # the first linears: gradients begin here
 
             def meet(gradient: torch.Tensor) -> None:
-                part = (gradient * change).sum(dtype=torch.float64)
+                part = (gradient * change).flatten(1).sum(dim=1, dtype=torch.float64)
                 moved[name] = moved[name] + part if name in moved else part
 
             y.register_hook(meet)
@@ -78,7 +80,7 @@ def output_sensitivities(
                 moved.clear()
                 output.backward(signs, retain_graph=probe + 1 < probes)
                 for name, part in moved.items():
-                    found[name] += float(part) ** 2 / probes
+                    found[name] += float(part.square().sum()) / probes
     return found
 
 
