@@ -33,7 +33,7 @@ def fitted(block: Block, forms: Mapping[str, LayerForm], dtype: torch.dtype) -> 
     """Searched ranges, GPTQ, coordinate descent (`fit_w4a16`), each linear fitted behind those quantised before it."""
     result = FittedBlock()
     for group in block.groups:
-        metric = InputMetric(block.now.moments(group, block.originals))
+        metric = InputMetric(block.now.moments(group[0], block.originals[group[0]]))
         done = {}
         for name in group:
             form = forms[f"{block.path}.{name}"]
