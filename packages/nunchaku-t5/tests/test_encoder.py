@@ -84,7 +84,9 @@ def test_is_what_transformers_makes_of_it(kind: str, tiny: SimpleNamespace, tmp_
     model = tiny.make_encoder(kind)
     quantize_encoder(model)
     model.save_pretrained(tmp_path)
-    loaded = NunchakuT5EncoderModel.from_pretrained(tmp_path, device="cpu", attn_implementation="eager")
+    loaded = NunchakuT5EncoderModel.from_pretrained(
+        tmp_path, device="cpu", attn_implementation="eager", dtype=torch.bfloat16
+    )
     assert isinstance(loaded, T5EncoderModel if kind == "t5" else UMT5EncoderModel)
     layer = loaded.encoder.block[0].layer[0].SelfAttention.q
     assert not any(value.requires_grad for value in layer.parameters())
@@ -125,6 +127,8 @@ def test_error_is_that_of_4_bits(tiny: SimpleNamespace, data: st.DataObject) -> 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_gradients_reach_the_embeddings(attention: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
     model: Any = tiny.make_encoder(dtype=torch.float32)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("this transformers runs T5 with eager attention only")
     quantize_encoder(model)
     model.save_pretrained(tmp_path)
     model = T5EncoderModel.from_pretrained(tmp_path, attn_implementation=attention)

@@ -165,7 +165,16 @@ def places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 
 def _tie_scales(model: Any, embeddings: Iterable[str]) -> None:
     """Put an int8 embedding into the places that transformers ties to it, and tie its scales as it ties `weight`."""
-    tied = getattr(model, "all_tied_weights_keys", {})  # before transformers 5 the modules themselves are shared
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is None:  # before transformers 5 the modules themselves are shared, and other names just listed
+        embedded = {model.get_submodule(name): name for name in embeddings}
+        names = [
+            f"{path}.wscales"
+            for path, module in model.named_modules(remove_duplicate=False)
+            if module in embedded and path != embedded[module]
+        ]
+        model._tied_weights_keys = [*(model._tied_weights_keys or ()), *names]
+        return
     added = {}
     for name in embeddings:
         for other in (other.removesuffix(".weight") for other, source in tied.items() if source == f"{name}.weight"):
@@ -184,6 +193,8 @@ def untie_scales(model: Any) -> None:
         tied = getattr(model, attribute, None)
         if isinstance(tied, Mapping):
             setattr(model, attribute, {k: v for k, v in tied.items() if not k.endswith(".wscales")})
+        elif tied:
+            setattr(model, attribute, [name for name in tied if not name.endswith(".wscales")])
 
 
 def wide_parents(model: Any) -> Iterator[str]:

@@ -84,18 +84,30 @@ def check_shapes(model: nn.Module, stored: Shapes, where: str) -> None:
     Raises:
         CheckpointError: a tensor is missing, or has another shape. Tensors nobody asks for are transformers' to report.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
     base = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-    for name, value in model.state_dict().items():
+    values = model.state_dict(keep_vars=True)
+    present: set[object] = set()
+    absent: list[tuple[str, object]] = []
+    for name, value in values.items():
+        shared = _tie(model, name, value)
         found = next((n for n in (name, name.removeprefix(base), base + name) if n in stored), None)
         if found is None:
-            if name in tied or name in tied.values():
-                continue
-            raise CheckpointError(f"{where} lacks the tensor {shown(name)}; it is not whole, get it again")
+            absent.append((name, shared))
+            continue
+        present.add(shared)
         if tuple(stored[found]) != tuple(value.shape):
             raise CheckpointError(
                 f"{where}: {shown(found)} must have shape {list(value.shape)}, found {list(stored[found])}"
             )
+    missing = [name for name, shared in absent if shared not in present]
+    if missing:
+        raise CheckpointError(f"{where} lacks the tensor {shown(missing[0])}; it is not whole, get it again")
+
+
+def _tie(model: nn.Module, name: str, value: object) -> object:
+    """The same for all names of a tensor, of which files need one: since transformers 5 a table, before the tensor."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    return id(value) if tied is None else tied.get(name, name)
 
 
 def same_names(layers: Iterable[str], stored: Iterable[str]) -> bool:
@@ -123,6 +135,8 @@ def mark_quantized(model: Any, config: W4A16Config) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
+    if not hasattr(model, "all_tied_weights_keys"):  # transformers 4: `dequantize` takes the entry away again
+        model.config._pre_quantization_dtype = model.dtype
 
 
 def register() -> None:

@@ -75,14 +75,14 @@ class EncoderBlocks:
         masks = [batch.counted for batch in self.batches]
         for index, original in enumerate(self.model.encoder.block):
             path, module = f"encoder.block.{index}", copy.deepcopy(original)
-            then = _Runs(original, hidden, [each[index] for each in calls])
-            now = _Runs(module, quantized, then.calls)
-            before = BlockInputs(original, then, masks)
+            here = [each[index] for each in calls]
+            before = BlockInputs(original, _Runs(original, hidden, here), masks)
+            now = BlockInputs(module, _Runs(module, quantized, here), masks)
             groups = [[name for name in group if f"{path}.{name}" in self._names] for group in before.groups()]
             groups = [group for group in groups if group]
             originals = before.tokens([group[0] for group in groups])
-            yield Block(path, module, before, BlockInputs(module, now, masks), groups, originals)
-            hidden, quantized = ([runs(i) for i in range(len(self.batches))] for runs in (then, now))
+            yield Block(path, module, before, now, groups, originals)
+            hidden, quantized = before.outputs(), now.outputs()
 
     def _entry(self) -> tuple[list[torch.Tensor], list[list[Call]]]:
         """For each batch what enters the first block, and with which further arguments each block is called."""
