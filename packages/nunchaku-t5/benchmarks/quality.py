@@ -223,7 +223,7 @@ def picture_rows(seed: int, count: int) -> list[Row]:
     judge = load_judge()
     rows: list[Row] = []
     expected = None
-    for recipe in (None, BEST):
+    for recipe in (None, BASELINE, BEST):
         parts = dict(loaded.pipeline.components)
         if recipe is not None:
             parts["text_encoder_2"] = (RIVALS | STEPS)[recipe](encoder).applied_to(model)
