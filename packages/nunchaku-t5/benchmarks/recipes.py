@@ -193,4 +193,4 @@ STEPS: Mapping[str, Recipe] = {
     "5-8bits-20%": lambda encoder: fitted(encoder, wider=encoder.wider(0.2)),
     "6-8bits-20%-rank16": lambda encoder: fitted(encoder, wider=encoder.wider(0.2), rank=RANK),
 }
-BEST = "5-8bits-20%"
+BEST = "5-8bits-10%"
