@@ -135,8 +135,8 @@ def _range(groups: torch.Tensor, like: torch.Tensor, bits: int) -> tuple[torch.T
     if bits == 4:
         return _stored((high - low) / span, low, like.dtype)
     scale = _few_bits((high - low) / span).to(like.dtype).float()
-    scale = torch.where(scale == 0, 1.0, scale)
-    return scale, ((low + high + scale) / 2).to(like.dtype).float()
+    # The middle code, 128, is half a step above the middle of the codes.
+    return _stored(scale, (low + high + scale) / 2, like.dtype)
 
 
 def _few_bits(scale: torch.Tensor) -> torch.Tensor:
