@@ -208,7 +208,7 @@ def layer_rows(seed: int) -> list[Row]:
     rows = []
     for name, form in forms.items():
         states = hidden_states(Quantized({name: form}).applied_to(model), texts)
-        rows.append(Row(f"t5/demo/only/{name}", judge.error(states, everything), "1-cosine"))
+        rows.append(Row(f"t5/layers/only/{name}", judge.error(states, everything), "1-cosine"))
     return rows
 
 
