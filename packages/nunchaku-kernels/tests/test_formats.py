@@ -331,3 +331,32 @@ def good_tensors() -> dict[str, Tensor]:
 def test_wrong_arguments(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 6}, "bits: expected 4 or 8, got 6"), ({"codes": torch.zeros(4, 128)}, "codes: expected dtype"),
+        ({"scales": torch.ones(3, 2)}, "scales: expected shape"), ({"scales": torch.ones(4, 0)}, "scales: expected G"),
+        ({"scales": torch.ones(4, 3)}, "codes: expected K"), ({"zeros": torch.zeros(4, 1)}, "zeros: expected shape"),
+        ({"zeros": torch.zeros(4, 2).half()}, "zeros: expected dtype"), ({"proj_up": None}, "expected both or neither"),
+        ({"proj_down": torch.ones(3, 64)}, "proj_down: expected shape"), ({"proj_up": torch.ones(4, 2)}, "proj_up"),
+    ],
+)  # fmt: skip
+def test_weight_only_weights_are_checked(change: dict[str, object], message: str) -> None:
+    parts = {
+        "codes": torch.zeros(4, 128, dtype=torch.uint8), "scales": torch.ones(4, 2), "zeros": torch.zeros(4, 2),
+        "proj_down": torch.ones(3, 128), "proj_up": torch.ones(4, 3),
+    }  # fmt: skip
+    form = formats.W4A16Weights(**parts)
+    assert form.group_size == 64 and form.rank == 3 and formats.pack_w4a16(form)["proj_up"].shape == (4, 3)
+    with pytest.raises((ValueError, TypeError), match=message):
+        formats.W4A16Weights(**(parts | change))
+
+
+def test_codes_beyond_four_bits_are_refused() -> None:
+    form = formats.W4A16Weights(torch.full((4, 64), 16, dtype=torch.uint8), torch.ones(4, 1), torch.zeros(4, 1))
+    with pytest.raises(ValueError, match=r"codes: expected values in 0\.\.15"):
+        formats.pack_w4a16(form)
+    with pytest.raises(TypeError, match="container"):
+        formats.pack_w4a16(form, torch.int8)

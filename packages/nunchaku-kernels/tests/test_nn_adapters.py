@@ -14,6 +14,7 @@ from torch import nn
 
 from nunchaku_kernels.formats import (
     SVDQWeights,
+    W4A16Weights,
     join_lowrank,
     pack_lowrank_down,
     pack_lowrank_up,
@@ -29,9 +30,11 @@ from nunchaku_kernels.nn import (
     QuantizedLinear,
     SlicePart,
     SVDQLinear,
+    W4A16Linear,
     is_fused,
 )
 from nunchaku_kernels.nn.adapters import AdapterSet
+from nunchaku_kernels.quantize import quantize_affine
 from nunchaku_kernels.quantize.modulation import quantize_modulation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -224,8 +227,15 @@ def quantized_modulation(n: int, k: int, chunks: int) -> ModulationLinear:
     return layer.float()
 
 
+def quantized_with_branch(n: int, k: int) -> W4A16Linear:
+    codes = quantize_affine(randn(n, k), 64, bits=8, dtype=torch.bfloat16)
+    branch = randn(12, k, seed=2, dtype=torch.bfloat16), randn(n, 12, seed=3, dtype=torch.bfloat16)
+    weights = W4A16Weights(codes.codes, codes.scales, codes.zeros, codes.bits, *branch)
+    return W4A16Linear.from_weights(weights, randn(n, seed=1, dtype=torch.bfloat16), name="block.wo").float()
+
+
 def layers(random_weights: RandomWeights) -> Sequence[Any]:
-    return svdq(random_weights(256, 128)), quantized_modulation(192, 128, 6)
+    return svdq(random_weights(256, 128)), quantized_modulation(192, 128, 6), quantized_with_branch(192, 128)
 
 
 def test_stored_tensors_and_state_dict_never_change(random_weights: RandomWeights) -> None:

@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 
 from nunchaku_kernels import reference
 from nunchaku_kernels.formats import (
+    W4A16Weights,
     from_channel_major,
     pack_awq,
     pack_awq_int16,
     pack_awq_scales,
+    pack_w4a16,
     unpack_awq,
     unpack_awq_scales,
 )
 from nunchaku_kernels.nn import ModulationLinear, W4A16Linear
-from nunchaku_kernels.quantize import quantize_w4a16
+from nunchaku_kernels.quantize import quantize_affine, quantize_w4a16
 from nunchaku_kernels.quantize.modulation import quantize_modulation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,6 +76,89 @@ def test_forward_is_the_dequantised_linear(data: st.DataObject) -> None:
     stop = data.draw(st.integers(start + 1, n))
     assert torch.equal(layer(x, rows=(start, stop)), y[..., start:stop])
     assert layer.weight.shape == (n, k)
+
+
+def form_of(n: int, k: int, bits: int, rank: int, group_size: int = 64, seed: int = 0) -> W4A16Weights:
+    codes = quantize_affine(randn(n, k, seed=seed), group_size, bits=bits, dtype=torch.bfloat16)
+    branch = (
+        (randn(rank, k, seed=seed + 1).bfloat16() / 8, randn(n, rank, seed=seed + 2).bfloat16() / 8) if rank else ()
+    )
+    return W4A16Weights(codes.codes, codes.scales, codes.zeros, bits, *branch)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_eight_bits_and_a_branch_are_the_linear_they_stand_for(data: st.DataObject) -> None:
+    group_size, bits = data.draw(st.sampled_from([64, 128])), data.draw(st.sampled_from([4, 8]))
+    n, k = 4 * data.draw(st.integers(1, 12)), group_size * data.draw(st.integers(1, 3))
+    container, dtype = data.draw(st.sampled_from([torch.int32, torch.int16])), data.draw(st.sampled_from(DTYPES))
+    form = form_of(n, k, bits, data.draw(st.sampled_from([0, 1, 5, 16])), group_size, data.draw(st.integers(0, 99)))
+    bias = randn(n, seed=1, dtype=torch.bfloat16) if data.draw(st.booleans()) else None
+    layer = W4A16Linear.from_weights(form, bias, container=container)
+    weight = form.dequantize().double()
+    # each stored 4-bit weight is rounded to bfloat16: of 8 bits, the lower nibbles with the zero
+    steps = form.scales.double().repeat_interleave(group_size, dim=1)
+    zeros = form.zeros.double().abs().repeat_interleave(group_size, dim=1)
+    rounding = (15 * steps + zeros) * 2**-8
+    x = randn(*data.draw(st.sampled_from([(), (0,), (1,), (3,), (2, 3)])), k, dtype=dtype)
+    y = layer(x)
+    expected = x.double() @ weight.t() + (0 if bias is None else bias.double())
+    assert y.dtype == dtype and layer.rank == form.rank
+    # the low-rank hidden state is rounded as well
+    hidden = (x.double() @ form.proj_down.double().t()).abs() @ form.proj_up.double().abs().t() if form.rank else 0
+    bound = x.double().abs() @ rounding.t() + ROUNDING[dtype] * (2 * expected.abs() + 2 * hidden + 0.01)
+    assert ((y.double() - expected).abs() <= bound).all()
+    assert ((layer.dequantize().double() - weight).abs() <= rounding + 1e-6).all()
+    start = data.draw(st.integers(0, n - 1))
+    assert torch.equal(layer(x, rows=(start, n)), y[..., start:])
+    state = pack_w4a16(form, container) | ({} if bias is None else {"bias": bias})
+    assert {key for key in layer.state_dict() if key != "weight"} == state.keys()
+
+
+def test_eight_bits_are_as_exact_as_sixteen() -> None:
+    """What storing 8 bits in two rounded planes loses, relative to the loss by 8 bits itself."""
+    weight, x = randn(64, 512), randn(256, 512, seed=1, dtype=torch.bfloat16)
+    form = form_of(64, 512, 8, 0, group_size=128)
+    exact = x.double() @ form.dequantize().double().t()
+    quantised = (exact - x.double() @ weight.double().t()).square().mean()
+    planes = W4A16Linear.from_weights(form).dequantize().double()
+    assert (exact - x.double() @ planes.t()).square().mean() < 0.05 * quantised
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_with_a_branch_and_eight_bits(dtype: torch.dtype) -> None:
+    form = form_of(20, 128, 8, 6)
+    layer = W4A16Linear.from_weights(form, randn(20, seed=4, dtype=torch.bfloat16))
+    learned = [layer.bias, layer.proj_down, layer.proj_up]
+    for parameter in learned:
+        parameter.requires_grad_()
+    x = randn(3, 2, 128, dtype=dtype).requires_grad_()
+    seed = randn(3, 2, 20, seed=5, dtype=dtype)
+    mine = torch.autograd.grad(layer(x), [x, *learned], seed)
+    inputs, bias, down, up = (tensor.detach().double().requires_grad_() for tensor in (x, *learned))
+    codes = W4A16Linear.from_weights(form_of(20, 128, 8, 0)).dequantize().double()
+    y = inputs @ codes.t() + (inputs @ down.t()) @ up.t() + bias
+    for given_gradient, wanted in zip(
+        mine, torch.autograd.grad(y, [inputs, bias, down, up], seed.double()), strict=True
+    ):
+        tolerance = 2 * max(ROUNDING[dtype], 2**-8) * float(wanted.abs().max())
+        torch.testing.assert_close(given_gradient.double(), wanted, rtol=2**-7, atol=tolerance)
+
+
+def test_a_branch_and_eight_bits_survive_copies_conversions_and_compilation() -> None:
+    layer, x = W4A16Linear.from_weights(form_of(24, 128, 8, 3), name="block.wo"), randn(2, 128)
+    y = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), y)
+    empty = W4A16Linear(128, 24, bias=False, bits=8, rank=3)
+    empty.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(empty(x), y)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), y, rtol=1e-5, atol=1e-5)
+    assert "bits=8, rank=3" in repr(layer)
+    before = layer.dequantize()
+    layer.half()  # holds the scales of 8 bits, which have few digits; the lower plane is rounded otherwise
+    torch.testing.assert_close(layer.dequantize(), before, rtol=0, atol=2**-7)
 
 
 @pytest.mark.parametrize("chunks", [3, 6])
@@ -131,6 +216,7 @@ def test_copies_conversions_and_state() -> None:
         ({"in_features": 96}, ValueError, "`in_features`"), ({"in_features": 64}, ValueError, "`in_features`.*128"),
         ({"out_features": 6}, ValueError, "`out_features`"), ({"group_size": 0}, ValueError, "`group_size`.*0"),
         ({"group_size": 32}, ValueError, "`group_size`"), ({"group_size": 256}, ValueError, "`group_size`"),
+        ({"bits": 5}, ValueError, "`bits`.*5"), ({"rank": -1}, ValueError, "`rank`.*-1"),
         ({"container": torch.int8}, TypeError, "`container`.*int8"), ({"dtype": torch.int32}, TypeError, "`dtype`"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """What `nunchaku generate` does, as functions: load a pipeline, draw, report."""
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -167,6 +168,7 @@ def load_pipeline(
     arithmetic: str | None = None,
     offload: bool = False,
     loras: Sequence[tuple[str, float]] = (),
+    t5: str | None = None,
 ) -> LoadedPipeline:
     """Load a FLUX pipeline to draw with.
 
@@ -179,6 +181,8 @@ def load_pipeline(
         arithmetic: how 4-bit layers are multiplied; default the device's best.
         offload: keep on the GPU only the part that runs.
         loras: LoRA files to draw with, and their strengths.
+        t5: "4bit" for the pipeline's T5 in 4 bits, or the file, folder or hub id of a 4-bit T5; None for the pipeline's
+            as it is.
 
     Raises:
         CheckpointError, ValueError: with a sentence that says what is wrong and what to do.
@@ -214,7 +218,7 @@ def load_pipeline(
     from nunchaku_models.flux import NunchakuFluxTransformer2DModel
     from nunchaku_models.layers import arithmetics, quantized_layers, set_arithmetic
 
-    parts: dict[str, Any] = {}
+    parts = load_text_encoder(root, t5, half)
     if base is not None:
         parts["transformer"] = NunchakuFluxTransformer2DModel.from_pretrained(model, dtype=half)
     try:
@@ -252,6 +256,53 @@ def load_pipeline(
         load_seconds=time.monotonic() - started,
         loras=dict(loras),
     )
+
+
+TEXT_ENCODERS = "nunchaku.text_encoders"
+"""Entry-point group of functions that load quantised text encoders; nunchaku-t5 has one."""
+
+
+def load_text_encoder(pipeline: str | os.PathLike[str], source: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Make installed kinds of quantised text encoders loadable for diffusers, and load one if asked for.
+
+    Args:
+        pipeline: its folder or hub id.
+        source: "4bit", or where a 4-bit T5 is; None for none.
+        dtype: of the pipeline.
+
+    Returns:
+        Arguments for the pipeline's `from_pretrained`: part -> model.
+
+    Raises:
+        ValueError: `source` is no such thing, or nunchaku-t5 is not installed and needed.
+    """
+    # Loading an entry point imports its package, which tells transformers about its method.
+    loaders = [entry.load() for entry in entry_points(group=TEXT_ENCODERS)]
+    if source is None:
+        _check_quantized_parts(Path(pipeline).expanduser())
+        return {}
+    if not loaders:
+        raise ValueError("--t5 needs the package nunchaku-t5; install it")
+    parts: dict[str, Any] = loaders[0](pipeline, source, dtype=dtype)
+    return parts
+
+
+def _check_quantized_parts(pipeline: Path) -> None:
+    """Raise CheckpointError for a local pipeline with a text encoder of a method that nobody knows: transformers would
+    only warn, and make weights up."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    for config in sorted(pipeline.glob("text_encoder*/config.json")):
+        try:
+            entries = json.loads(config.read_text())
+            method = entries.get("quantization_config", {}).get("quant_method")
+        except (OSError, ValueError, AttributeError):
+            continue  # transformers says what is wrong with it
+        if isinstance(method, str) and method not in AUTO_QUANTIZER_MAPPING:
+            raise CheckpointError(
+                f"{config.parent} is quantised by {method!r}, which no installed package knows; for nunchaku_w4a16 "
+                "install nunchaku-t5"
+            )
 
 
 ADAPTERS = "nunchaku.adapters"

@@ -30,10 +30,12 @@ from nunchaku_kernels.formats.svdq import (
     unpack_vector,
     unpack_wscales,
 )
+from nunchaku_kernels.formats.w4a16 import W4A16Weights, pack_w4a16, unpack_w4a16
 from nunchaku_kernels.formats.w8a8 import pack_w8a8, unpack_w8a8
 
 __all__ = [
     "SVDQWeights",
+    "W4A16Weights",
     "fold_unit_scale",
     "from_channel_major",
     "join_lowrank",
@@ -46,6 +48,7 @@ __all__ = [
     "pack_qweight",
     "pack_svdq",
     "pack_vector",
+    "pack_w4a16",
     "pack_w8a8",
     "pack_wscales",
     "padded_groups",
@@ -59,6 +62,7 @@ __all__ = [
     "unpack_qweight",
     "unpack_svdq",
     "unpack_vector",
+    "unpack_w4a16",
     "unpack_w8a8",
     "unpack_wscales",
 ]

@@ -8,7 +8,9 @@ from torch.nn.functional import linear
 
 from nunchaku_kernels._checks import require_multiple
 from nunchaku_kernels.formats import (
+    W4A16Weights,
     from_channel_major,
+    pack_w4a16,
     padded_groups,
     unfold_unit_scale,
     unpack_awq,
@@ -47,16 +49,21 @@ class _Branch(NamedTuple):
 
 
 class W4A16Linear(QuantizedLinear):
-    """y = W x + bias with 4-bit weights and 16-bit activations, in the published AWQ order (`formats/awq.py`).
+    """y = W x + proj_up (proj_down x) + bias with 4-bit weights and 16-bit activations, in the published AWQ order
+    (`formats/awq.py`).
 
     Registered tensors: `qweight` (N/4, K/2) int32 or (N/4, K) int16, the same bytes; `wscales` and `wzeros` (Gpad, N)
-    T; `bias` (N) T; all in natural row order. w = code * wscale + wzero.
+    T; `bias` (N) T; all in natural row order. w = code * wscale + wzero. With a low-rank branch, which published files
+    do not have, also `proj_down` (R, K) T and `proj_up` (N, R) T, row-major. With 8 bits `qweight`, `wscales` and
+    `wzeros` are those of 2 K channels: the weight's two nibble planes, which meet the same x (`formats/w4a16.py`).
 
     Args:
         in_features: K, a multiple of 64 and of the group size.
         out_features: N, a multiple of 4.
         bias: whether there is a bias.
         group_size: channels per scale: 64 (modulation) or 128 (T5).
+        bits: 4, or 8 for a layer that 4 bits hurt; twice the bytes and twice the work.
+        rank: R, width of the low-rank branch; 0 for none.
         container: torch.int32 or torch.int16, the integer type that files declare for `qweight`.
         dtype: T, the dtype of the 16-bit tensors.
     """
@@ -68,6 +75,8 @@ class W4A16Linear(QuantizedLinear):
         *,
         bias: bool = True,
         group_size: int = 64,
+        bits: int = 4,
+        rank: int = 0,
         container: torch.dtype = torch.int32,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
@@ -82,14 +91,54 @@ class W4A16Linear(QuantizedLinear):
         require_multiple(self.label(), "`out_features`", out_features, 4)
         if container not in (torch.int32, torch.int16):
             raise TypeError(f"{self.label()}: `container` must be torch.int32 or torch.int16, got {container}")
+        if bits not in (4, 8):
+            raise ValueError(f"{self.label()}: `bits` must be 4 or 8, got {bits!r}")
+        if not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"{self.label()}: `rank` must be a non-negative integer, got {rank!r}")
         self.group_size = group_size
-        groups = padded_groups(in_features // group_size, group_size)
-        width = in_features * 2 // container.itemsize
+        self.bits = bits
+        planes = in_features * bits // 4
+        groups = padded_groups(planes // group_size, group_size)
+        width = planes * 2 // container.itemsize
         self.qweight = parameter((out_features // 4, width), container, device)
         self.wscales = parameter((groups, out_features), dtype, device)
         self.wzeros = parameter((groups, out_features), dtype, device)
+        self.proj_down = parameter((rank, in_features), dtype, device) if rank else None
+        self.proj_up = parameter((out_features, rank), dtype, device) if rank else None
         self.bias = parameter((out_features,), dtype, device) if bias else None
         self._branches = DerivedTensors()
+
+    @staticmethod
+    def from_weights(
+        weights: W4A16Weights,
+        bias: torch.Tensor | None = None,
+        *,
+        container: torch.dtype = torch.int32,
+        name: str = "",
+        origin: tuple[Origin, ...] = (),
+    ) -> "W4A16Linear":
+        """A layer that holds `weights` (canonical order, e.g. from `quantize.fit_w4a16`)."""
+        n, k = weights.codes.shape
+        layer = W4A16Linear(
+            k,
+            n,
+            bias=bias is not None,
+            group_size=weights.group_size,
+            bits=weights.bits,
+            rank=weights.rank,
+            container=container,
+            dtype=weights.scales.dtype,
+            device="meta",
+            name=name,
+            origin=origin,
+        )
+        layer.load_packed(pack_w4a16(weights, container) | ({} if bias is None else {"bias": bias}))
+        return layer
+
+    @property
+    def rank(self) -> int:
+        """R, the width of the stored low-rank branch."""
+        return 0 if self.proj_up is None else self.proj_up.shape[1]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -99,10 +148,10 @@ class W4A16Linear(QuantizedLinear):
         return self.bias
 
     def dequantize(self) -> torch.Tensor:
-        scales, zeros = (
-            unpack_awq_scales(tensor, self.in_features, self.group_size) for tensor in (self.wscales, self.wzeros)
-        )
-        return reference.dequantize(unpack_awq(self.qweight), scales, zeros).float()
+        weight = reference.dequantize(*self._planes()).float().unflatten(1, (-1, self.in_features)).sum(dim=1)
+        if self.proj_up is None or self.proj_down is None:
+            return weight
+        return weight.addmm_(self.proj_up.float(), self.proj_down.float())
 
     def forward(self, x: torch.Tensor, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features) in the stored order, in the dtype of x.
@@ -122,7 +171,7 @@ class W4A16Linear(QuantizedLinear):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """x (M, in_features) -> (M, out_features) in the stored order, without adapters."""
-        return straight_through(lambda: self._run(x), self._surrogate, x, self.bias)
+        return straight_through(lambda: self._run(x), self._surrogate, x, self.bias, self.proj_down, self.proj_up)
 
     def _with_adapters(self, x: torch.Tensor, y: torch.Tensor, own_bias: torch.Tensor | None) -> torch.Tensor:
         """y (M, out_features), in the order of the original linear, plus what adapters add to it.
@@ -182,22 +231,48 @@ class W4A16Linear(QuantizedLinear):
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.nunchaku_kernels.w4a16_linear(
-            x, self.qweight, self.wscales, self.wzeros, self.bias, self.group_size
+            self._once_per_plane(x), self.qweight, self.wscales, self.wzeros, self.bias, self.group_size
         )
-        return y
+        return _with_low_rank(y, x, self.proj_down, self.proj_up)
 
-    def _surrogate(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _surrogate(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        proj_down: torch.Tensor | None,
+        proj_up: torch.Tensor | None,
+    ) -> torch.Tensor:
+        y = reference.linear(self._once_per_plane(x), *self._planes(), bias)
+        return _with_low_rank(y, x, proj_down, proj_up)
+
+    def _once_per_plane(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.bits == 4 else torch.cat((x, x), dim=1)
+
+    def _planes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes (N, K), scales and zeros (N, G) of the stored 4-bit planes, side by side if there are two."""
+        codes = unpack_awq(self.qweight)
         scales, zeros = (
-            unpack_awq_scales(tensor, self.in_features, self.group_size) for tensor in (self.wscales, self.wzeros)
+            unpack_awq_scales(tensor, codes.shape[1], self.group_size) for tensor in (self.wscales, self.wzeros)
         )
-        return reference.linear(x, unpack_awq(self.qweight), scales, zeros, bias)
+        return codes, scales, zeros
 
     def forget(self) -> None:
         super().forget()
         self._branches.clear()
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, group_size={self.group_size}"
+        words = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, group_size={self.group_size}"
+        return f"{words}, bits={self.bits}, rank={self.rank}"
+
+
+def _with_low_rank(
+    y: torch.Tensor, x: torch.Tensor, proj_down: torch.Tensor | None, proj_up: torch.Tensor | None
+) -> torch.Tensor:
+    """y (M, N) + proj_up (proj_down x), rounded to the dtype of x once."""
+    if proj_down is None or proj_up is None:
+        return y
+    hidden = linear(x, proj_down.to(x.dtype))
+    return torch.addmm(y, hidden, proj_up.to(x.dtype).t())
 
 
 class ModulationLinear(W4A16Linear):

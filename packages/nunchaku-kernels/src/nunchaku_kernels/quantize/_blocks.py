@@ -7,11 +7,22 @@ import torch
 _BLOCK_ELEMENTS = 1 << 20
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cover `rows` rows, each about a million elements."""
-    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
+def row_blocks(rows: int, columns: int, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
+    """Slices that cover `rows` rows, each about `elements` elements (default: a million)."""
+    step = max(1, elements // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def round_within_(values: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """`values.round_().clamp_(low, high)` of fp32 or fp64, in place; NaN stays. The bounds are small.
+
+    `torch.round` shares even short vectors among threads, which on a busy machine wait for each other: 5.6 ms for
+    16,384 values with two threads, where one takes microseconds.
+    """
+    # So large that it leaves no room for a fraction: the sum is rounded, half to even.
+    rounder = 1.5 / torch.finfo(values.dtype).eps
+    return values.clamp_(low, high).add_(rounder).sub_(rounder)
 
 
 def group_absmax(groups: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,24 @@
 """Rounding that knows the inputs: GPTQ (Frantar et al. 2022), and coordinate descent on its result.
 
 Both minimise `tr((target - value) H (target - value)^T)`, the squared error of the product over inputs with second
-moment H, in codes whose scales are given; `descend` moves the scales of int4 groups as well.
+moment H, in codes whose scales are given; `descend` moves the scales of int4 groups, and scales and zeros of 4-bit
+asymmetric groups, as well.
 """
+
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from nunchaku_kernels._checks import require_tensor
-from nunchaku_kernels.quantize.int4 import INT4_MIN
-from nunchaku_kernels.quantize.residual import QuantizedResidual
+from nunchaku_kernels.quantize.affine import AffineCodes
+from nunchaku_kernels.quantize.residual import GroupedCodes, QuantizedResidual
+
+Codes = TypeVar("Codes", bound=GroupedCodes)
 
 _BLOCK = 128
+# Columns that are corrected one by one: a product of two vectors costs as much memory traffic as one of matrices.
+_INNER = 16
 # A matrix of fp32 moments can lack a Cholesky factor by its rounding alone; the published quantiser retries too.
 _RETRIES = 8
 
@@ -44,14 +52,38 @@ def damped_cholesky(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     raise ValueError("matrix: expected finite second moments of activations, got a matrix without Cholesky factor")
 
 
+class Compensation(NamedTuple):
+    """How columns make up for the rounding error of those before them; one for all weights with the same inputs.
+
+    Attributes:
+        order: int64 [K], columns by descending second moment.
+        upper: fp32 [K, K], upper Cholesky factor of the inverse of the damped second moment, in that order.
+    """
+
+    order: torch.Tensor
+    upper: torch.Tensor
+
+
+def compensation(hessian: torch.Tensor, damping: float = 0.01) -> Compensation:
+    """What `gptq` needs to know of the second moment of the inputs.
+
+    Args:
+        hessian: fp32 [K, K].
+        damping: see `damped_cholesky`.
+    """
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    inverse = torch.cholesky_inverse(damped_cholesky(hessian[order][:, order], damping))
+    return Compensation(order, torch.linalg.cholesky(inverse, upper=True))
+
+
 def gptq(
     target: torch.Tensor,
-    start: QuantizedResidual,
-    hessian: torch.Tensor,
+    start: Codes,
+    hessian: torch.Tensor | Compensation,
     *,
     damping: float = 0.01,
-    lowest: int = INT4_MIN,
-) -> QuantizedResidual:
+    lowest: int | None = None,
+) -> Codes:
     """Codes for the scales of `start`, column by column; those that follow make up for the rounding error of each.
 
     Columns go in the order of descending diagonal; scales stay with their original groups (svdquant_algorithm.md 7).
@@ -59,14 +91,16 @@ def gptq(
     Args:
         target: fp32 [N, K], what the product should be made with.
         start: its scales; the codes are not read.
-        hessian: fp32 [K, K], second moment of the inputs.
+        hessian: fp32 [K, K], second moment of the inputs; or what `compensation` made of it.
         damping: see `damped_cholesky`.
-        lowest: lowest int4 code; the published quantiser leaves -8 out.
+        lowest: lowest level; the published quantiser leaves -8 out.
     """
     columns = target.shape[1]
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = damped_cholesky(hessian[order][:, order], damping)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    order, upper = hessian if isinstance(hessian, Compensation) else compensation(hessian, damping)
+    offsets = start.offsets()
+    if offsets is not None:
+        # What is subtracted once stays subtracted: the rest of the way is that of codes without offset.
+        target = (target.view(*offsets.shape, -1) - offsets.unsqueeze(-1)).view_as(target)
     # Transposed, so that a column is contiguous.
     work, steps = target.t()[order].contiguous(), start.steps().t().contiguous()
     divisors = torch.where(steps == 0, torch.inf, steps)
@@ -75,24 +109,27 @@ def gptq(
     # On a GPU the launches are what a column costs: results go where they are needed, without copies.
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
-        for k, value, level, error in zip(
-            range(first, last), work[first:last], levels[first:last], errors, strict=False
-        ):
-            torch.div(value, divisors[groups[k]], out=level)
-            start.nearest(level, lowest, out=level)
-            torch.addcmul(value, level, steps[groups[k]], value=-1, out=error).div_(pivots[k])
-            work[k + 1 : last].addr_(upper[k, k + 1 : last], error, alpha=-1)
+        for start_inner in range(first, last, _INNER):
+            stop = min(start_inner + _INNER, last)
+            for k in range(start_inner, stop):
+                value, level, error = work[k], levels[k], errors[k - first]
+                torch.div(value, divisors[groups[k]], out=level)
+                start.nearest(level, lowest, out=level)
+                torch.addcmul(value, level, steps[groups[k]], value=-1, out=error).div_(pivots[k])
+                work[k + 1 : stop].addr_(upper[k, k + 1 : stop], error, alpha=-1)
+            made = errors[start_inner - first : stop - first]
+            work[stop:last].addmm_(upper[start_inner:stop, stop:last].t(), made, alpha=-1)
         work[last:].addmm_(upper[first:last, last:].t(), errors[: last - first], alpha=-1)
     natural = torch.empty_like(levels)
     natural[order] = levels
     return start.with_levels(natural.t())
 
 
-def descend(target: torch.Tensor, start: QuantizedResidual, hessian: torch.Tensor) -> QuantizedResidual:
+def descend(target: torch.Tensor, start: Codes, hessian: torch.Tensor) -> Codes:
     """One sweep of coordinate descent over all codes, each set to its best value while the others stand still.
 
-    Never worse than `start` but for fp32 rounding. Before a group's codes, its int4 scale is set to its best value; the
-    micro-scales of nvfp4 stay.
+    Never worse than `start` but for fp32 rounding. Before a group's codes, its int4 scale, or the scale and zero of
+    4-bit asymmetric codes, are set to their best values; the micro-scales of nvfp4 stay, and 8-bit groups as a whole.
 
     Args:
         target: fp32 [N, K].
@@ -101,33 +138,53 @@ def descend(target: torch.Tensor, start: QuantizedResidual, hessian: torch.Tenso
     """
     size = start.group_size
     levels, steps = start.levels().t().contiguous(), start.steps().t().contiguous()
-    scales = start.scales.t().contiguous() if start.precision == "int4" else None
+    scales, zeros = _movable(start)
     # slope[k] = half the derivative of the error by column k, negated; [K, N]
     slope = hessian @ start.subtracted_from(target).t()
     for group, first in enumerate(range(0, levels.shape[0], size)):
         rows = slice(first, first + size)
         block, inner = hessian[:, rows], hessian[rows, rows]
         if scales is not None:
-            scales[group] = _best_scale(levels[rows], slope[rows], inner, scales[group])
-            change = (scales[group].float() - steps[group]) * levels[rows]
+            values = levels[rows]
+            if zeros is None:
+                scales[group] = _best_scale(values, slope[rows], inner, scales[group])
+                change = (scales[group].float() - steps[group]) * values
+            else:
+                old = zeros[group].float()
+                scales[group], zeros[group] = _best_scale_and_zero(
+                    values, slope[rows], inner, scales[group], zeros[group]
+                )
+                change = (scales[group].float() - steps[group]) * values + (zeros[group].float() - old)
             slope.addmm_(block, change, alpha=-1)
             steps[group] = scales[group].float()
         step, local, before = steps[group], slope[rows].clone(), levels[rows].clone()
-        curvatures = inner.diagonal()
-        divisors = curvatures[:, None] * torch.where(step == 0, torch.inf, step)
+        divisors = inner.diagonal()[:, None] * torch.where(step == 0, torch.inf, step)
         moved = torch.zeros_like(local)
-        for k, curvature in enumerate(curvatures.tolist()):
-            if curvature <= 0:
-                continue
-            level = levels[first + k]
-            start.nearest(torch.addcdiv(level, local[k], divisors[k], out=level), out=level)
-            torch.sub(level, before[k], out=moved[k]).mul_(step)
-            local.addr_(inner[k], moved[k], alpha=-1)
+        curvatures = inner.diagonal().tolist()
+        for begin in range(0, size, _INNER):
+            end = min(begin + _INNER, size)
+            for k in range(begin, end):
+                if curvatures[k] <= 0:
+                    continue
+                level = levels[first + k]
+                start.nearest(torch.addcdiv(level, local[k], divisors[k], out=level), out=level)
+                torch.sub(level, before[k], out=moved[k]).mul_(step)
+                local[k + 1 : end].addr_(inner[k, k + 1 : end], moved[k], alpha=-1)
+            local[end:].addmm_(inner[begin:end, end:].t(), moved[begin:end], alpha=-1)
         slope.addmm_(block, moved, alpha=-1)
     result = start.with_levels(levels.t())
-    if scales is None:
-        return result
-    return QuantizedResidual(result.codes, scales.t().contiguous())
+    moved_scales = {"scales": scales, "zeros": zeros}
+    stored = {name: value.t().contiguous() for name, value in moved_scales.items() if value is not None}
+    return replace(result, **stored) if stored else result  # type: ignore[type-var]  # both kinds are dataclasses
+
+
+def _movable(start: GroupedCodes) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Copies [G, N] of the scales, and of the zeros, that may be given any value of their dtype."""
+    if isinstance(start, AffineCodes) and start.bits == 4:
+        return start.scales.t().contiguous(), start.zeros.t().contiguous()
+    if isinstance(start, QuantizedResidual) and start.precision == "int4":
+        return start.scales.t().contiguous(), None
+    return None, None
 
 
 def _best_scale(levels: torch.Tensor, slope: torch.Tensor, inner: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -136,3 +193,27 @@ def _best_scale(levels: torch.Tensor, slope: torch.Tensor, inner: torch.Tensor, 
     # Rounded first: what fp32 holds can be zero or infinite as a half.
     best = (scale.float() + (levels * slope).sum(dim=0) / curvature).to(scale.dtype)
     return torch.where((curvature > 0) & best.isfinite() & (best > 0), best, scale)
+
+
+def _best_scale_and_zero(
+    levels: torch.Tensor, slope: torch.Tensor, inner: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero [N] of one group (levels and slope [size, N]) that minimise the error, in their dtype; those given
+    where rounding leaves nothing of the gain."""
+    pushed, sums = inner @ levels, inner.sum(dim=0)
+    by_scale, mixed, by_zero = (levels * pushed).sum(dim=0), pushed.sum(dim=0), sums.sum()
+    scale_slope, zero_slope = (levels * slope).sum(dim=0), slope.sum(dim=0)
+    determinant = by_scale * by_zero - mixed.square()
+    # Nearly dependent where all codes of a group are alike: then the zero alone moves.
+    independent = determinant > 1e-6 * by_scale * by_zero
+    step = (by_zero * scale_slope - mixed * zero_slope) / determinant
+    best_scale = (scale.float() + step).to(scale.dtype)
+    best_scale = torch.where(independent & best_scale.isfinite() & (best_scale > 0), best_scale, scale)
+    # The best zero for the scale as it is stored.
+    scale_change = best_scale.float() - scale.float()
+    best_zero = (zero.float() + (zero_slope - mixed * scale_change) / by_zero).to(zero.dtype)
+    zero_change = best_zero.float() - zero.float()
+    gain = 2 * (scale_change * scale_slope + zero_change * zero_slope)
+    gain -= scale_change.square() * by_scale + 2 * scale_change * zero_change * mixed + zero_change.square() * by_zero
+    better = best_zero.isfinite() & (gain > 0)
+    return torch.where(better, best_scale, scale), torch.where(better, best_zero, zero)

@@ -12,6 +12,7 @@ needs no network.
   nunchaku generate "a red apple, noto style" -o apple.png
   nunchaku generate "a cat" -o cat.png --model my-pipeline-int4/
   nunchaku generate "a cat" -o cat.png --model my-pipeline-int4/ --lora style.safetensors:0.8
+  nunchaku generate "a cat" -o cat.png --model my-pipeline-int4/ --t5 4bit
   nunchaku generate "a cat" -o cat.png --model svdq-int4_r32-flux.1-dev.safetensors --base black-forest-labs/FLUX.1-dev
 
 MODEL is a diffusers pipeline folder (4-bit or not), a hub id of one, or a transformer file together with --base, the
@@ -42,6 +43,9 @@ def register(subparsers: Any) -> None:
         default=[],
         metavar="FILE[:STRENGTH]",
         help="LoRA file to draw with, and its strength (1); may be given several times",
+    )
+    parser.add_argument(
+        "--t5", metavar="4bit|T5", help="draw with the T5 in 4 bits, or with a 4-bit T5 (file, folder or hub id)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise; the same on every device (0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
@@ -83,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         arithmetic=args.arithmetic,
         offload=args.offload,
         loras=[parse_lora(text) for text in args.lora],
+        t5=args.t5,
     )
     report = generate(
         loaded,

@@ -1,0 +1,87 @@
+"""`NunchakuT5EncoderModel.from_pretrained`: a 4-bit T5 or UMT5 from wherever it is."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from nunchaku_t5.architecture import MODELS, skeleton
+from nunchaku_t5.errors import CheckpointError, shown
+from nunchaku_t5.files import CONFIG_NAME, TensorFiles
+from nunchaku_t5.layers import swap_layers
+from nunchaku_t5.published import read_config, state_dict
+from nunchaku_t5.quantizer import check_shapes
+
+SUFFIXES = (".safetensors", ".sft")
+
+
+class NunchakuT5EncoderModel:
+    """Loads 4-bit T5 and UMT5 encoders; what it gives is a `T5EncoderModel` or `UMT5EncoderModel` of transformers."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a quantised encoder.
+
+        Args:
+            path: a published single file; a folder that `save_pretrained` or `nunchaku t5 quantize` wrote, or with a
+                published file in it; a hub id of such a folder, or of a file in one: "org/repo/file.safetensors".
+            kwargs: those of `from_pretrained` of transformers: `dtype` (or `torch_dtype`), `device_map`,
+                `attn_implementation`, `revision`, `token`, `cache_dir`, `subfolder`, ...; and `device`, short for
+                `device_map`.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            CheckpointError: a file is damaged, not whole, or something else. Nothing was allocated then.
+            OSError: there is no such file or repository.
+        """
+        if kwargs.get("device") is not None:
+            kwargs["device_map"] = kwargs.pop("device")
+        kwargs.pop("device", None)
+        source = Path(path).expanduser()
+        if not source.exists():
+            source = _downloaded(os.fspath(path), kwargs)
+        folder = source / kwargs.get("subfolder", "") if source.is_dir() else None
+        if folder is None or not (folder / CONFIG_NAME).is_file():
+            kwargs.pop("subfolder", None)
+            return _from_file(folder or source, kwargs)
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type not in MODELS:
+            raise CheckpointError(f"{folder} holds a {shown(config.model_type)}, not a T5 or UMT5")
+        if getattr(config, "quantization_config", None) is None:
+            raise CheckpointError(f"{folder} is not quantised; run `nunchaku t5 quantize {folder} -o OUT`")
+        return MODELS[config.model_type][1].from_pretrained(source, use_safetensors=True, **kwargs)
+
+
+def _from_file(path: Path, kwargs: dict[str, Any]) -> Any:
+    where = str(path)
+    files = TensorFiles.of(path)
+    config, quantization = read_config(files, where)
+    expected = skeleton(config, where)
+    try:
+        swap_layers(expected, quantization.layers)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    tensors = state_dict(files)
+    check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+    unknown = sorted(tensors.keys() - expected.state_dict().keys())
+    if unknown:
+        raise CheckpointError(f"{where} holds {len(unknown)} tensors of no use, the first is {shown(unknown[0])}")
+    config.quantization_config = quantization.to_dict()
+    return type(expected).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+
+
+def _downloaded(path: str, kwargs: dict[str, Any]) -> Path:
+    """A file or the needed part of a repository on the hub, on this disk."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    parts = path.split("/")
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+    if len(parts) > 2 and path.endswith(SUFFIXES):
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), **hub))
+    if len(parts) != 2 or path.startswith(("/", ".", "~")) or path.endswith(SUFFIXES):
+        raise FileNotFoundError(f"{path} is neither a file, a folder nor a hub id such as 'org/repo'")
+    prefix = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
+    return Path(snapshot_download(path, allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"], **hub))

@@ -1,0 +1,146 @@
+"""The method `nunchaku_w4a16` of transformers: stock `from_pretrained` loads, `save_pretrained` writes.
+
+Importing `nunchaku_t5` registers it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from nunchaku_t5.config import QUANT_METHOD, W4A16Config
+from nunchaku_t5.errors import CheckpointError, shown
+from nunchaku_t5.files import TensorFiles
+from nunchaku_t5.layers import EncoderLinear, Int8Embedding, places, swap_layers, untie_scales
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class W4A16Quantizer(HfQuantizer):
+    """Swaps modules before transformers loads the tensors."""
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        where = str(Path(checkpoint_files[0]).parent) if checkpoint_files else type(model).__name__
+        try:
+            swap_layers(model, self.quantization_config.layers)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        if checkpoint_files:
+            stored = TensorFiles([Path(file) for file in checkpoint_files])
+            if same_names(self.quantization_config.layers, stored):
+                check_shapes(model, {name: stored.info(name).shape for name in stored}, where)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        # transformers 5 marks what it loaded, and makes up what is missing
+        marks = any(getattr(value, "_is_hf_initialized", False) for value in model.parameters())
+        for name in self.quantization_config.layers:
+            for key, value in model.get_submodule(name).named_parameters():
+                value.requires_grad_(False)
+                if value.is_meta:  # stays on disk
+                    continue
+                if marks and not getattr(value, "_is_hf_initialized", False):
+                    raise CheckpointError(f"{name}: its `{key}` is in none of the files; get them again")
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise CheckpointError(
+                        f"{name}: `{key}` holds NaN or infinity in {value.dtype}: the file is damaged, or needs "
+                        "another dtype"
+                    )
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for module, homes in places(model).items():
+            if isinstance(module, EncoderLinear | Int8Embedding):
+                original = dequantized(module, dtype or module.wscales.dtype)
+                for home, child in homes:
+                    setattr(home, child, original)
+        untie_scales(model)
+        model.tie_weights()
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The 4-bit weights themselves cannot be trained."""
+        return False
+
+
+def check_shapes(model: nn.Module, stored: Shapes, where: str) -> None:
+    """Compare what a model, on the meta device, will hold with what its files hold: before anything is allocated.
+
+    Args:
+        model: with its layers swapped.
+        stored: tensor name -> shape.
+        where: for the message.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape. Tensors nobody asks for are transformers' to report.
+    """
+    base = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    values = model.state_dict(keep_vars=True)
+    present: set[object] = set()
+    absent: list[tuple[str, object]] = []
+    for name, value in values.items():
+        shared = _tie(model, name, value)
+        found = next((n for n in (name, name.removeprefix(base), base + name) if n in stored), None)
+        if found is None:
+            absent.append((name, shared))
+            continue
+        present.add(shared)
+        if tuple(stored[found]) != tuple(value.shape):
+            raise CheckpointError(
+                f"{where}: {shown(found)} must have shape {list(value.shape)}, found {list(stored[found])}"
+            )
+    missing = [name for name, shared in absent if shared not in present]
+    if missing:
+        raise CheckpointError(f"{where} lacks the tensor {shown(missing[0])}; it is not whole, get it again")
+
+
+def _tie(model: nn.Module, name: str, value: object) -> object:
+    """The same for all names of a tensor, of which files need one: since transformers 5 a table, before the tensor."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    return id(value) if tied is None else tied.get(name, name)
+
+
+def same_names(layers: Iterable[str], stored: Iterable[str]) -> bool:
+    """Whether files call a model's quantised layers as the model does: transformers renames some models' tensors while
+    it loads them, by rules of its own."""
+    names = set(stored)
+    return any(f"{layer}.qweight" in names for layer in layers)
+
+
+def dequantized(module: EncoderLinear | Int8Embedding, dtype: torch.dtype) -> nn.Module:
+    """An ordinary module with the weights that a quantised one stands for."""
+    weight = module.dequantize().to(dtype)
+    if isinstance(module, Int8Embedding):
+        return nn.Embedding.from_pretrained(weight)
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return linear
+
+
+def mark_quantized(model: Any, config: W4A16Config) -> None:
+    """Make transformers treat a model as one that was loaded from a quantised folder."""
+    model.hf_quantizer = W4A16Quantizer(config)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+    if not hasattr(model, "all_tied_weights_keys"):  # transformers 4: `dequantize` takes the entry away again
+        model.config._pre_quantization_dtype = model.dtype
+
+
+def register() -> None:
+    """Make the method known to transformers. Idempotent."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(W4A16Config)
+        register_quantizer(QUANT_METHOD)(W4A16Quantizer)

@@ -1,0 +1,143 @@
+"""A quantised encoder computes what its dequantised weights compute, and stays the same through files."""
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import T5EncoderModel, UMT5EncoderModel
+
+import nunchaku_t5
+from nunchaku_t5 import EncoderLinear, Int8Embedding, NunchakuT5EncoderModel, quantize_encoder
+
+BF16_NOISE = 0.03
+"""Two orders of summation of the same bf16 model of a few blocks."""
+
+
+@given(data=st.data())
+def test_computes_what_dequantised_weights_compute(tiny: SimpleNamespace, data: st.DataObject) -> None:
+    model = data.draw(tiny.encoders())
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    quantize_encoder(
+        model.to(dtype),
+        group_size=data.draw(st.sampled_from([64, 128])),
+        embedding_bits=data.draw(st.sampled_from([8, 16])),
+    )
+    plain = copy.deepcopy(model).dequantize()
+    assert not any(isinstance(module, EncoderLinear | Int8Embedding) for module in plain.modules())
+    inputs = data.draw(tiny.texts(model.config.vocab_size))
+    limit = 1e-5 if dtype == torch.float32 else BF16_NOISE
+    assert tiny.relative_error(tiny.encode(model, inputs), tiny.encode(plain, inputs)) < limit
+
+
+@given(data=st.data())
+def test_padding_and_batch_change_nothing(tiny: SimpleNamespace, data: st.DataObject) -> None:
+    model = data.draw(tiny.encoders(dtype=torch.float32))
+    quantize_encoder(model)
+    inputs = data.draw(tiny.texts(model.config.vocab_size))
+    alone = [
+        tiny.encode(model, {"input_ids": ids[mask.bool()][None], "attention_mask": mask[mask.bool()][None]})
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
+    assert tiny.relative_error(tiny.encode(model, inputs), torch.cat(alone)) < 1e-5
+
+
+@given(data=st.data())
+def test_through_a_folder(tiny: SimpleNamespace, data: st.DataObject) -> None:
+    model = data.draw(tiny.encoders())
+    report = quantize_encoder(model, embedding_bits=data.draw(st.sampled_from([8, 16])))
+    inputs = data.draw(tiny.texts(model.config.vocab_size))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=data.draw(st.sampled_from(["20KB", "5GB"])))
+        stored = json.loads((Path(folder) / "config.json").read_text())
+        for load in (type(model).from_pretrained, NunchakuT5EncoderModel.from_pretrained):
+            loaded, said = load(folder, dtype=torch.bfloat16, output_loading_info=True)
+            assert not any(said.values()), said
+            assert type(loaded) is type(model) and loaded.is_quantized
+            assert loaded.shared.weight is loaded.encoder.embed_tokens.weight
+            assert torch.equal(tiny.encode(loaded, inputs), tiny.encode(model, inputs))
+    assert stored["quantization_config"]["quant_method"] == "nunchaku_w4a16"
+    assert set(stored["quantization_config"]["layers"]) == set(report.layers)
+
+
+def test_embeddings_are_stored_once(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    for bits in (8, 16):
+        model = tiny.make_encoder()
+        quantize_encoder(model, embedding_bits=bits)
+        model.save_pretrained(tmp_path / str(bits))
+        with safe_open(tmp_path / str(bits) / "model.safetensors", "pt") as file:
+            assert [name for name in file.keys() if "shared" in name or "embed_tokens" in name] == (  # noqa: SIM118
+                ["shared.weight", "shared.wscales"] if bits == 8 else ["shared.weight"]
+            )
+
+
+@pytest.mark.parametrize("kind", ["t5", "umt5"])
+def test_is_what_transformers_makes_of_it(kind: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
+    model = tiny.make_encoder(kind)
+    quantize_encoder(model)
+    model.save_pretrained(tmp_path)
+    loaded = NunchakuT5EncoderModel.from_pretrained(
+        tmp_path, device="cpu", attn_implementation="eager", dtype=torch.bfloat16
+    )
+    assert isinstance(loaded, T5EncoderModel if kind == "t5" else UMT5EncoderModel)
+    layer = loaded.encoder.block[0].layer[0].SelfAttention.q
+    assert not any(value.requires_grad for value in layer.parameters())
+    assert layer(torch.ones(3, 128)).isfinite().all()  # outside of no_grad, too
+    assert loaded.dtype == torch.bfloat16 and loaded.device.type == "cpu" and not loaded.training
+    assert loaded.config.model_type == kind and loaded.config._attn_implementation == "eager"
+    inputs = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6)}
+    wanted = tiny.encode(model, inputs)
+    assert tiny.relative_error(tiny.encode(loaded, inputs), wanted) < BF16_NOISE
+    assert tiny.relative_error(tiny.encode(loaded.to(torch.float32), inputs), wanted) < BF16_NOISE
+    assert loaded.dtype == torch.float32
+    assert loaded.get_memory_footprint() < 0.75 * 2 * sum(p.numel() for p in tiny.make_encoder(kind).parameters())
+
+
+def test_importing_twice_registers_once() -> None:
+    nunchaku_t5.register()
+    nunchaku_t5.register()
+
+
+@given(data=st.data())
+def test_error_is_that_of_4_bits(tiny: SimpleNamespace, data: st.DataObject) -> None:
+    """Asymmetric rounding to 16 values over the range of a group of normal numbers: about 8 to 11 % per weight."""
+    model = data.draw(tiny.encoders(dtype=torch.float32))
+    before = {
+        name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")
+    }
+    report = quantize_encoder(model, embedding_bits=8)
+    assert report.layers and report.bytes_after < report.bytes_before
+    for name, form in report.layers.items():
+        stored = model.get_submodule(name).dequantize()
+        error = tiny.relative_error(stored, before[name])
+        assert error < (0.13 if form.bits == 4 else 0.012)
+    for name, module in model.named_modules():
+        if name not in report.layers and name != "encoder.embed_tokens" and name in before:
+            assert torch.equal(module.weight, before[name])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_gradients_reach_the_embeddings(attention: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
+    model: Any = tiny.make_encoder(dtype=torch.float32)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("this transformers runs T5 with eager attention only")
+    quantize_encoder(model)
+    model.save_pretrained(tmp_path)
+    model = T5EncoderModel.from_pretrained(tmp_path, attn_implementation=attention)
+    x = torch.randn(1, 5, model.config.d_model, requires_grad=True)
+    direction = torch.randn(x.shape)  # a norm's gradient vanishes: the final layer norm fixes it
+    plain = copy.deepcopy(model).dequantize()
+    gradients = []
+    for each in (model, plain):
+        x.grad = None
+        each(inputs_embeds=x).last_hidden_state.mul(direction).sum().backward()
+        gradients.append(x.grad.clone())
+    assert tiny.relative_error(*gradients) < 1e-4
