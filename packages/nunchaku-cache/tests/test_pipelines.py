@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import nn
 
 import nunchaku_cache
-from nunchaku_cache import CacheHandle, DoubleFirstBlockCache, FirstBlockCache, TeaCache
+from nunchaku_cache import CacheHandle, DoubleFirstBlockCache, FirstBlockCache, Schedule, ScheduledCache, TeaCache
 
 Case = Any
 STEPS = 8
@@ -269,6 +269,57 @@ def test_changed_adapters_reset(pipe: Any) -> None:
 
     draw(pipe, callback_on_step_end=change)
     assert handle.stats.hit_pattern() == [(False,)] * STEPS
+
+
+def test_a_schedule_keeps_its_place_when_adapters_change(pipe: Any) -> None:
+    from peft import LoraConfig
+
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="one")
+    skip = [step not in (0, 3) for step in range(STEPS)]
+    damping = [(1.0,) if skipped else () for skipped in skip]
+    handle = nunchaku_cache.apply(pipe, ScheduledCache(Schedule("Flux", tuple(skip), tuple(damping), 0.1)))
+
+    def change(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            pipe.transformer.set_adapters(["one"], [0.5])
+        return tensors
+
+    draw(pipe, callback_on_step_end=change)
+    # the output from before the change stands in for nothing; from the next computed one on, all is as planned
+    assert handle.stats.hit_pattern() == [(step not in (0, 1, 3),) for step in range(STEPS)]
+
+
+def test_ip_adapter(pipe: Any) -> None:
+    width, given, tokens = 32, 12, 4
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    projections = {
+        f"{block}.to_{which}_ip.{kind}": random(*shape)
+        for block in range(len(pipe.transformer.transformer_blocks))
+        for which in "kv"
+        for kind, shape in (("weight", (width, 24)), ("bias", (width,)))
+    }
+    image = {
+        "proj.weight": random(tokens * 24, given), "proj.bias": random(tokens * 24),
+        "norm.weight": torch.ones(24), "norm.bias": torch.zeros(24),
+    }  # fmt: skip
+    pipe.transformer._load_ip_adapter_weights({"image_proj": image, "ip_adapter": projections}, low_cpu_mem_usage=False)
+    pictures = [[random(1, 1, given)] for _ in range(2)]
+    negative = {"negative_ip_adapter_image_embeds": [torch.zeros(1, 1, given)]}  # else an image is encoded for it
+    prompt = {**embeddings(0), **negative}  # the same objects for all calls
+    plain = [draw(pipe, prompt, ip_adapter_image_embeds=picture) for picture in pictures]
+    assert not torch.equal(*plain)
+    handle = cached(pipe)
+    drawn = [draw(pipe, prompt, ip_adapter_image_embeds=picture) for picture in pictures]
+    assert handle.stats.hits
+    for one, other in zip(drawn, plain, strict=True):
+        assert 0 < (one - other).abs().mean() < 0.5 * (plain[0] - plain[1]).abs().mean()
+    assert torch.equal(draw(pipe, prompt, ip_adapter_image_embeds=pictures[0]), drawn[0])
+    handle.threshold = 0
+    assert torch.equal(draw(pipe, prompt, ip_adapter_image_embeds=pictures[1]), plain[1])
 
 
 def test_compiled_blocks_stay_compiled(pipe: Any) -> None:

@@ -141,7 +141,8 @@ AwqArguments awq_linear(Address x, int x_dtype, int64_t tokens, int64_t in_featu
 L1ChangeArguments l1_change(Address current, int64_t current_sample_stride, int64_t current_token_stride,
                             Address origin, int64_t origin_sample_stride, int64_t origin_token_stride, Address previous,
                             int64_t previous_sample_stride, int64_t previous_token_stride, int dtype, int64_t samples,
-                            int64_t tokens, int64_t channels, Address counted, Address sums) {
+                            int64_t tokens, int64_t channels, Address counted, int64_t block_tokens, Address blocks,
+                            Address sums) {
     return {{at<const void>(current), current_sample_stride, current_token_stride},
             {at<const void>(origin), origin_sample_stride, origin_token_stride},
             {at<const void>(previous), previous_sample_stride, previous_token_stride},
@@ -150,6 +151,8 @@ L1ChangeArguments l1_change(Address current, int64_t current_sample_stride, int6
             tokens,
             channels,
             at<const int64_t>(counted),
+            block_tokens,
+            at<double>(blocks),
             at<double>(sums)};
 }
 
@@ -180,10 +183,10 @@ const auto linear_heads_names = std::make_tuple(
 const auto awq_names =
     std::make_tuple("x"_a, "x_dtype"_a, "M"_a, "K"_a, "x_stride"_a, "qweight"_a, "wscales"_a, "wzeros"_a,
                     "scales_dtype"_a, "bias"_a, "bias_dtype"_a, "N"_a, "group_size"_a, "out"_a, "out_dtype"_a);
-const auto l1_change_names =
-    std::make_tuple("current"_a, "current_sample_stride"_a, "current_token_stride"_a, "origin"_a,
-                    "origin_sample_stride"_a, "origin_token_stride"_a, "previous"_a, "previous_sample_stride"_a,
-                    "previous_token_stride"_a, "dtype"_a, "B"_a, "T"_a, "C"_a, "counted"_a, "sums"_a);
+const auto l1_change_names = std::make_tuple(
+    "current"_a, "current_sample_stride"_a, "current_token_stride"_a, "origin"_a, "origin_sample_stride"_a,
+    "origin_token_stride"_a, "previous"_a, "previous_sample_stride"_a, "previous_token_stride"_a, "dtype"_a, "B"_a,
+    "T"_a, "C"_a, "counted"_a, "block_tokens"_a, "blocks"_a, "sums"_a);
 
 template <class Function, class Names, class... Where>
 void define(nb::module_& module, const char* name, Function function, const Names& names, const Where&... where) {
@@ -237,6 +240,7 @@ void define_cuda(nb::module_ module) {
     define_op("w4a8_linear", on_cuda(linear, cuda::w4a8_linear), linear_names);
     define_op("w4a8_linear_heads", on_cuda(linear_heads, cuda::w4a8_linear_heads), linear_heads_names);
     define_op("w4a16_linear", on_cuda(awq_linear, cuda::w4a16_linear), awq_names);
+    define_op("l1_change", on_cuda(l1_change, cuda::l1_change), l1_change_names);
 }
 #endif
 

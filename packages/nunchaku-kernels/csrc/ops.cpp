@@ -116,6 +116,8 @@ void validate(const L1ChangeArguments& a) {
     if (!a.samples || !a.tokens || !a.channels) return;
     require_pointer(a.current.data, "current");
     require_pointer(a.previous.data, "previous");
+    require(a.block_tokens > 0, "block_tokens", "at least 1", a.block_tokens);
+    require_pointer(a.blocks, "blocks");
     require_pointer(a.sums, "sums");
 }
 

@@ -99,7 +99,9 @@ struct L1ChangeArguments {
     int dtype;
     int64_t samples, tokens, channels;
     const int64_t* counted;  // [samples] leading tokens of each sample that count, or null: all
-    double* sums;            // [samples, 2], added to
+    int64_t block_tokens;    // of a block, whose sums are made apart: a result depends on it, and not on the machine
+    double* blocks;          // [samples, ceil(tokens / block_tokens), 2], overwritten
+    double* sums;            // [samples, 2], to which blocks are added in order
 };
 
 struct AwqArguments {

@@ -39,7 +39,7 @@ W4A16: dict[str, Any] = {
 L1_CHANGE: dict[str, Any] = {
     "current": A, "current_sample_stride": 8, "current_token_stride": 8, "origin": 0, "origin_sample_stride": 0,
     "origin_token_stride": 0, "previous": A, "previous_sample_stride": 8, "previous_token_stride": 8, "dtype": 0,
-    "B": 1, "T": 1, "C": 8, "counted": 0, "sums": A, "threads": 1, "isa": "",
+    "B": 1, "T": 1, "C": 8, "counted": 0, "block_tokens": 1, "blocks": A, "sums": A, "threads": 1, "isa": "",
 }  # fmt: skip
 CALLS: dict[Callable[..., None], dict[str, Any]] = {
     _C.w4a8_fold_scales: FOLD,
@@ -55,7 +55,7 @@ REFUSED: dict[str, list[Any]] = {
     "isa": ["sse9"], "qweight": [0], "x": [0], "codes": [0], "out": [0], "ascales": [0], "multipliers": [0],
     "row_scales": [0], "wscales": [0], "wzeros": [0],
     "dtype": [3, -1], "B": [-1], "T": [-1], "C": [-1], "current": [0], "previous": [0],
-    "sums": [0],
+    "block_tokens": [0], "blocks": [0], "sums": [0],
 }  # fmt: skip
 ALL_CALLS = pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
 

@@ -81,6 +81,45 @@ def test_a_sample_has_the_same_bits_alone(isa: str, arguments: dict[str, Any], t
             torch.testing.assert_close(alone, batch[i : i + 1], rtol=0, atol=0, equal_nan=True)
 
 
+def on_gpu(value: Any) -> Any:
+    """The same tensors there, with the strides that they have here."""
+    if isinstance(value, list):
+        return [on_gpu(item) for item in value]
+    if value is None:
+        return None
+    storage = torch.as_strided(value, (value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)
+    return storage.cuda().as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+@pytest.mark.cuda
+@given(arguments=streams(), extra=st.sampled_from([0, 16, 100]))
+@settings(max_examples=60, deadline=None)
+def test_distance_on_a_gpu(arguments: dict[str, Any], extra: int) -> None:
+    for name in ("current", "previous", "origin"):  # more tokens, so that there are several blocks
+        if arguments[name] is not None:
+            arguments[name] = [torch.cat([x] + [x.flip(1)] * extra, 1) for x in arguments[name]]
+    moved = {name: on_gpu(value) for name, value in arguments.items()}
+    distance = relative_l1(**moved)
+    torch.testing.assert_close(distance.cpu(), reference(**arguments), rtol=1e-5, atol=0, equal_nan=True)
+    for i in range(len(distance)):
+        one = {
+            name: None if value is None else value[i : i + 1] if name == "tokens" else [x[i : i + 1] for x in value]
+            for name, value in moved.items()
+        }
+        torch.testing.assert_close(relative_l1(**one), distance[i : i + 1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.cuda
+def test_vectors_on_a_gpu_change_no_bit() -> None:
+    current, previous, origin = (torch.randn(2, 4096, 3072, device="cuda").bfloat16() for _ in range(3))
+    distance = relative_l1([current], [previous], [origin])
+    torch.testing.assert_close(distance, reference([current], [previous], [origin]), rtol=1e-6, atol=0)
+    shifted = (
+        current.new_empty(current.numel() + 1)[1:].view_as(current).copy_(current)
+    )  # not at a multiple of 16 bytes
+    assert torch.equal(relative_l1([shifted], [previous], [origin]), distance)
+
+
 def test_threads_and_instruction_sets_give_the_same_bits() -> None:
     current, previous, origin = (torch.randn(2, 300, 1024).bfloat16() for _ in range(3))
     results = []

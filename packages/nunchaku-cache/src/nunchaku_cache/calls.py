@@ -8,7 +8,7 @@ have their own.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import count
 from typing import Any, Generic, TypeVar
 
@@ -156,6 +156,9 @@ class Calls(Generic[State]):
     def clear(self) -> None:
         """Drop all calls."""
         self._calls.clear()
+
+    def __iter__(self) -> Iterator[Call[State]]:
+        return iter(tuple(self._calls))
 
     def __len__(self) -> int:
         return len(self._calls)

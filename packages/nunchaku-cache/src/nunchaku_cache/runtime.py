@@ -103,10 +103,7 @@ class TransformerCache:
         thread = self._thread
         if not self.handle.enabled or thread.current is not None:
             return inner(*args, **kwargs)
-        adapters = self._adapters.fingerprint()
-        if (thread.generation, thread.adapters) != (self._generation, adapters):
-            thread.generation, thread.adapters = self._generation, adapters
-            thread.calls.clear()
+        self._forget_what_is_old(thread)
         for hook in self._block_hooks:
             if not hook.is_installed():
                 hook.install()
@@ -125,6 +122,17 @@ class TransformerCache:
         finally:
             thread.current = None
         return result
+
+    def _forget_what_is_old(self, thread: _ThreadState) -> None:
+        """After a reset, and where adapters have changed: of calls on a schedule, all but their place in it."""
+        adapters = self._adapters.fingerprint()
+        if thread.generation != self._generation or (thread.adapters != adapters and self._plan is not None):
+            thread.calls.clear()
+        elif thread.adapters != adapters:
+            for call in thread.calls:
+                for branch in call.branches.values():
+                    branch.forget_outputs()
+        thread.generation, thread.adapters = self._generation, adapters
 
     def _branch_at(self, call: Call[Any], positions: tuple[float, ...]) -> tuple[int, str]:
         """Number and name of the branch of a pass."""

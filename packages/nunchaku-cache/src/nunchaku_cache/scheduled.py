@@ -21,8 +21,13 @@ class ScheduledBranch:
     def __init__(self, name: str, order: int) -> None:
         self.name = name
         self.step = 0
+        self._order = order
+        self.forget_outputs()
+
+    def forget_outputs(self) -> None:
+        """As before the first computed step; the place in the schedule stays."""
         # the samples of a call share their timesteps: one history for all
-        self._history = ResidualHistory(1, order)
+        self._history = ResidualHistory(1, self._order)
         self._dtypes: list[torch.dtype] = []
         self._spec: Any = None
         self._trail: deque[list[torch.Tensor]] = deque()

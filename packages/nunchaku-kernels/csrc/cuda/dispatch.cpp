@@ -125,4 +125,11 @@ void w4a16_linear(const AwqArguments& arguments, const Launch& launch) {
         sm80::w4a16_linear(arguments, launch.stream);
 }
 
+void l1_change(const L1ChangeArguments& arguments, const Launch& launch) {
+    validate(arguments);
+    select(launch);
+    const DeviceGuard guard(launch.device);
+    if (arguments.samples && arguments.tokens && arguments.channels) sm80::l1_change(arguments, launch.stream);
+}
+
 }  // namespace nk::cuda

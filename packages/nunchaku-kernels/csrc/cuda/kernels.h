@@ -88,6 +88,7 @@ void w4a8_quantize(const QuantizeArguments& arguments, cudaStream_t stream);
 void w4a8_linear(const LinearArguments& arguments, cudaStream_t stream);
 void w4a8_accumulate(const ProductArguments& product, int32_t* sums, cudaStream_t stream);
 void w4a16_linear(const AwqArguments& arguments, cudaStream_t stream);
+void l1_change(const L1ChangeArguments& arguments, cudaStream_t stream);
 
 // What w4a16_linear chooses from. The first two take tokens and scales of one 16-bit type, w4a16_gemv at most 16
 // tokens.

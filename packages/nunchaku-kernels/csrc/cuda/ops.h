@@ -32,5 +32,6 @@ void w4a8_linear(const LinearArguments& arguments, const Launch& launch);
 // Like w4a8_quantize_norm.
 bool w4a8_linear_heads(const HeadArguments& arguments, const Launch& launch);
 void w4a16_linear(const AwqArguments& arguments, const Launch& launch);
+void l1_change(const L1ChangeArguments& arguments, const Launch& launch);
 
 }  // namespace nk::cuda

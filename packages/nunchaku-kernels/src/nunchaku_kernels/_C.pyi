@@ -4,8 +4,8 @@ Every tensor argument is the address of its first element, 0 where the tensor is
 2 bf16. `isa` is a name from `isas()`, or "" for the best one. All functions release the GIL and raise ValueError for
 sizes, codes or instruction sets they cannot serve.
 
-Where CUDA kernels were built there is a submodule `cuda` with the same functions, `l1_change` excepted; instead of
-`threads` they take a `device` and the address of a `stream`, on which they launch without waiting, and raise
+Where CUDA kernels were built there is a submodule `cuda` with the same functions; instead of `threads`
+they take a `device` and the address of a `stream`, on which they launch without waiting, and raise
 RuntimeError for errors of the CUDA runtime. Its `isas(device)` names the kernel sets that run on a device. Two more of
 its functions return whether a kernel takes their arguments: `w4a8_quantize_norm` has those of `w4a8_quantize` without
 `shift`, and behind `Kp` the addresses `scale` and `shift` of [rows, K] tensors of the dtype of x, `rows` and `eps`;
@@ -117,6 +117,8 @@ def l1_change(
     T: int,
     C: int,
     counted: int,
+    block_tokens: int,
+    blocks: int,
     sums: int,
     threads: int,
     isa: str,

@@ -1,10 +1,9 @@
 """What is measured: our policies and the rivals', each over the settings that matter for it."""
 
 import contextlib
-import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,47 +16,40 @@ from nunchaku_cache.bench.measure import Bench, Enable
 THRESHOLDS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 OUR_THRESHOLDS = (0.04, 0.08, 0.12, 0.2, 0.3, 0.5)
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
-OURS = ("ours, first block", "ours, double first block", "ours, scheduled")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of one method."""
+    """One setting of a method."""
 
-    method: str
     name: str
     enable: Enable
 
 
-def our_settings(bench: Bench) -> list[Setting]:
-    """Policies of this package. Schedules are found on the calibration prompts."""
-
-    def apply(policy: Any) -> Enable:
-        def enable(pipe: Any) -> None:
-            nunchaku_cache.apply(pipe, policy)
-
-        return enable
-
-    found = []
+def _ours_first_block(bench: Bench) -> Iterator[Setting]:
     for threshold, order in product(OUR_THRESHOLDS, (0, 1)):
         policy = FirstBlockCache(threshold, accumulate=order > 0, order=order)
-        found.append(Setting(OURS[0], f"threshold {threshold:g}, order {order}", apply(policy)))
+        yield Setting(f"threshold {threshold:g}, order {order}", _ours(policy))
+
+
+def _ours_double(bench: Bench) -> Iterator[Setting]:
     for threshold, order in product(OUR_THRESHOLDS, (0, 1)):
-        double = DoubleFirstBlockCache(threshold, accumulate=order > 0, order=order)
-        found.append(Setting(OURS[1], f"threshold {threshold:g}, order {order}", apply(double)))
+        policy = DoubleFirstBlockCache(threshold, accumulate=order > 0, order=order)
+        yield Setting(f"threshold {threshold:g}, order {order}", _ours(policy))
+
+
+def _ours_scheduled(bench: Bench) -> Iterator[Setting]:
     trace: Trace = bench.calibrate(lambda pipe: nunchaku_cache.apply(pipe, ScheduledCache()).record())
-    for computed in _computed_steps(bench.steps):
-        schedule = find_schedule(trace, computed)
-        found.append(Setting(OURS[2], f"{computed} of {bench.steps} steps", apply(ScheduledCache(schedule))))
-    return found
+    for computed, order in product(_computed_steps(bench.steps), (1, 2)):
+        schedule = find_schedule(trace, computed, order=order)
+        yield Setting(f"{computed} of {bench.steps} steps, order {order}", _ours(ScheduledCache(schedule)))
 
 
-def rival_settings(bench: Bench) -> list[Setting]:
-    """diffusers' caches, and the cache-dit package where it is installed."""
-    found = [*_first_block(), *_taylorseer(), *_magcache(bench)]
-    if importlib.util.find_spec("cache_dit") is not None:
-        found += _cache_dit(bench.steps)
-    return found
+def _ours(policy: Any) -> Enable:
+    def enable(pipe: Any) -> None:
+        nunchaku_cache.apply(pipe, policy)
+
+    return enable
 
 
 def _computed_steps(steps: int) -> list[int]:
@@ -71,24 +63,28 @@ def _diffusers(config: Any) -> Enable:
     return enable
 
 
-def _first_block() -> Iterator[Setting]:
+def _first_block(bench: Bench) -> Iterator[Setting]:
     from diffusers import FirstBlockCacheConfig
 
     for threshold in THRESHOLDS:
         config = FirstBlockCacheConfig(threshold=threshold)
-        yield Setting("diffusers, first block", f"threshold {threshold:g}", _diffusers(config))
+        yield Setting(f"threshold {threshold:g}", _diffusers(config))
 
 
-def _taylorseer() -> Iterator[Setting]:
+def _taylorseer(bench: Bench) -> Iterator[Setting]:
     from diffusers import TaylorSeerCacheConfig
 
-    choices = [*product((2, 3, 4, 5, 6), (1, 2), (2, 4), (True,)), *product((2, 4, 6), (1,), (2,), (False,))]
+    choices = [*product((2, 3, 4, 5, 6), (1, 2, 3), (2, 4), (True,)), *product((2, 4, 6), (1,), (2,), (False,))]
     for interval, order, before, lite in choices:
         config = TaylorSeerCacheConfig(
-            cache_interval=interval, max_order=order, disable_cache_before_step=before, use_lite_mode=lite
+            cache_interval=interval,
+            max_order=order,
+            disable_cache_before_step=before,
+            taylor_factors_dtype=bench.dtype,  # bfloat16 by default, whatever the model's is
+            use_lite_mode=lite,
         )
         name = f"every {interval}, order {order}, from {before}{', lite' if lite else ''}"
-        yield Setting("diffusers, TaylorSeer", name, _diffusers(config))
+        yield Setting(name, _diffusers(config))
 
 
 def _magcache(bench: Bench) -> Iterator[Setting]:
@@ -103,12 +99,12 @@ def _magcache(bench: Bench) -> Iterator[Setting]:
             num_inference_steps=bench.steps,
             mag_ratios=list(ratios),
         )
-        yield Setting("diffusers, MagCache", f"threshold {threshold:g}, at most {skips}", _diffusers(config))
+        yield Setting(f"threshold {threshold:g}, at most {skips}", _diffusers(config))
 
 
 @contextlib.contextmanager
 def _mag_ratios(pipe: Any, steps: int) -> Iterator[list[float]]:
-    """Ratios of a call, which MagCache hands out through its log only; of the first pass of guidance it reports."""
+    """Ratios of a call, which MagCache only logs and prints; of the first pass of guidance it reports."""
     from diffusers import MagCacheConfig
     from diffusers.hooks import mag_cache
 
@@ -134,16 +130,17 @@ def _mag_ratios(pipe: Any, steps: int) -> Iterator[list[float]]:
             raise RuntimeError("MagCache's calibration has reported no ratios")
 
 
-def _cache_dit(steps: int) -> Iterator[Setting]:
+def _cache_dit(bench: Bench) -> Iterator[Setting]:
     import cache_dit
     from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 
-    logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
+    for handler in logging.getLogger("CACHE_DIT").handlers:  # its other loggers share them, and say much
+        handler.setLevel(logging.ERROR)
 
     def enable_with(calibrator: Any, **options: Any) -> Enable:
         def enable(pipe: Any) -> None:
             # the demo runs its guidance as a second pass, which cache-dit does not expect of FLUX
-            config = DBCacheConfig(num_inference_steps=steps, enable_separate_cfg=True, **options)
+            config = DBCacheConfig(num_inference_steps=bench.steps, enable_separate_cfg=True, **options)
             cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator())
 
         return enable
@@ -158,7 +155,6 @@ def _cache_dit(steps: int) -> Iterator[Setting]:
     ):
         for warmup, continuous in ((2, -1), (4, 3)):
             yield Setting(
-                "cache-dit",
                 f"F{first}B{last}, threshold {threshold:g}, {forecast}, warm-up {warmup}, in a row {continuous}",
                 enable_with(
                     calibrator,
@@ -169,12 +165,11 @@ def _cache_dit(steps: int) -> Iterator[Setting]:
                     max_continuous_cached_steps=continuous,
                 ),
             )
-    masks = {f"every {every}": _every(steps, every) for every in (2, 3, 4, 5)}
+    masks = {f"every {every}": _every(bench.steps, every) for every in (2, 3, 4, 5)}
     for name in ("slow", "medium", "fast", "ultra"):
-        masks[name] = cache_dit.steps_mask(total_steps=steps, mask_policy=name)
+        masks[name] = cache_dit.steps_mask(total_steps=bench.steps, mask_policy=name)
     for (name, mask), (forecast, calibrator) in product(masks.items(), calibrators()):
         yield Setting(
-            "cache-dit",
             f"F1B0, mask {name}, {forecast}",
             enable_with(
                 calibrator,
@@ -189,3 +184,19 @@ def _cache_dit(steps: int) -> Iterator[Setting]:
 def _every(steps: int, every: int) -> list[int]:
     """Compute the first three steps and then every n-th."""
     return [int(step < 3 or (step - 3) % every == every - 1) for step in range(steps)]
+
+
+OURS: Mapping[str, Callable[[Bench], Iterator[Setting]]] = {
+    "ours-first-block": _ours_first_block,
+    "ours-double-first-block": _ours_double,
+    "ours-scheduled": _ours_scheduled,
+}
+"""Methods of this package, and their settings; calibration prompts are drawn for those that are fitted."""
+
+RIVALS: Mapping[str, Callable[[Bench], Iterator[Setting]]] = {
+    "diffusers-first-block": _first_block,
+    "diffusers-taylorseer": _taylorseer,
+    "diffusers-magcache": _magcache,
+    "cache-dit": _cache_dit,
+}
+"""The same of diffusers, and of the package cache-dit."""

@@ -13,6 +13,11 @@ from nunchaku_kernels.reference.relative_l1 import relative_l1 as reference
 
 OP = "relative_l1"
 
+_CUDA_BLOCK_TOKENS = 16
+"""Summed by a thread block: FLUX's 4096 tokens then fill a GPU."""
+_CPU_BLOCK_ELEMENTS = 1 << 16
+"""Summed by a thread at a time: long beside handing them out, short beside its share."""
+
 
 @implement(OP, "CompositeExplicitAutograd")
 def _relative_l1(
@@ -23,7 +28,7 @@ def _relative_l1(
 ) -> torch.Tensor:
     device = _check(current, previous, origin, tokens)
     native = _native.kernels(device)
-    if not hasattr(native, "l1_change"):
+    if native is None:
         return reference(current, previous, origin, tokens)
     sums = torch.zeros(current[0].shape[0], 2, dtype=torch.float64, device=device)
     tokens = dense(tokens)
@@ -31,9 +36,11 @@ def _relative_l1(
         # kept until the kernel has run: a tensor with scattered channels is copied
         new, old = _rows(stream), _rows(previous[i])
         start = None if origin is None else _rows(origin[i])
+        block = _CUDA_BLOCK_TOKENS if device.type == "cuda" else max(1, _CPU_BLOCK_ELEMENTS // max(1, new.shape[2]))
+        blocks = sums.new_empty(len(new), -(-new.shape[1] // block), 2)
         native.l1_change(
             *_activations(new), *_activations(start), *_activations(old), dtype_code(new), *new.shape, pointer(tokens),
-            pointer(sums), *place(device, 10 * new.numel()),
+            block, pointer(blocks), pointer(sums), *place(device, 10 * new.numel()),
         )  # fmt: skip
     return (sums[:, 0] / sums[:, 1]).float()
 
