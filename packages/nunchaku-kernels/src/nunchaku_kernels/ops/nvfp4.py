@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nunchaku_kernels._checks import require_int_range
 from nunchaku_kernels.formats import unpack_micro_scales, unpack_qweight
 from nunchaku_kernels.ops._checks import (
     FLOATS,
@@ -73,6 +74,7 @@ def _linear(
     device = device_of(op, "codes", codes)
     fp8 = (torch.float8_e4m3fn,)
     check_tensor(op, "codes", codes, dtypes=INT8, shape=(None, None), device=device)
+    require_int_range(f"{op}: `codes`", codes, 0, 15)
     tokens, width = codes.shape
     check_tensor(op, "ascales", ascales, dtypes=fp8, shape=(tokens, width // GROUP), device=device)
     rows, _ = check_weight(op, qweight, width, device)
