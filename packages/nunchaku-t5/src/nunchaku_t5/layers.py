@@ -111,6 +111,12 @@ def stored_tensors(module: nn.Module, form: LayerForm) -> dict[str, tuple[tuple[
     return tensors
 
 
+def stored_bytes(module: nn.Module, form: LayerForm) -> int:
+    """Of those tensors, where the model's dtype has 16 bits."""
+    shapes = stored_tensors(module, form).values()
+    return sum(torch.Size(shape).numel() * (dtype or torch.bfloat16).itemsize for shape, dtype in shapes)
+
+
 def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | None = "meta") -> None:
     """Put modules for quantised tensors in the places of the original ones, uninitialised.
 

@@ -1,5 +1,6 @@
 """One block of a T5 encoder, with random weights, as a model of transformers runs it."""
 
+import copy
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +15,7 @@ from nunchaku_kernels.bench.linear import ROTATED_BYTES
 from nunchaku_kernels.bench.report import Row
 from nunchaku_kernels.bench.timing import interleaved_medians
 from nunchaku_t5.architecture import skeleton
-from nunchaku_t5.config import LayerForm
-from nunchaku_t5.layers import stored_tensors
+from nunchaku_t5.layers import stored_bytes
 from nunchaku_t5.quantize import plan, quantize_encoder
 
 TOKENS = (16, 77, 128, 256, 512)
@@ -107,15 +107,8 @@ def encoder_bytes(size: str, *, group_size: int = 128, embedding_bits: int = 16)
             continue
         own = 2 * sum(value.numel() for value in module.parameters(recurse=False))
         before += own
-        after += _stored_bytes(module, layers[path]) if path in layers else own
+        after += stored_bytes(module, layers[path]) if path in layers else own
     return before, after
-
-
-def _stored_bytes(module: nn.Module, form: LayerForm) -> int:
-    total = 0
-    for shape, dtype in stored_tensors(module, form).values():
-        total += torch.Size(shape).numel() * (dtype or torch.bfloat16).itemsize
-    return total
 
 
 def _block(size: str, device: torch.device) -> Any:
@@ -161,8 +154,6 @@ def _nbytes(module: nn.Module) -> int:
 
 def _copies(model: Any, nbytes: int) -> list[Any]:
     """Further copies, so that no rival finds its weights in a cache."""
-    import copy
-
     return [copy.deepcopy(model) for _ in range(max(2, -(-ROTATED_BYTES // nbytes)) - 1)]
 
 

@@ -20,7 +20,7 @@ from nunchaku_kernels.quantize import (
 from nunchaku_t5.calibration.blocks import Block, FittedBlock
 from nunchaku_t5.calibration.texts import Batch
 from nunchaku_t5.config import LayerForm
-from nunchaku_t5.layers import stored_tensors
+from nunchaku_t5.layers import stored_bytes
 
 _READERS = ({"q", "k", "v"}, {"o"}, {"wi", "wi_0", "wi_1"}, {"wo"})
 """Linears of T5 that read the same tensor."""
@@ -138,8 +138,8 @@ def choose_eight_bits(
     names = [name for name in forms if isinstance(model.get_submodule(name), nn.Linear)]
     masked = [batch for batch in batches if batch.attention_mask is not None]
     wide = {name: LayerForm(8, forms[name].group_size, forms[name].rank) for name in names}
-    sizes = {name: _bytes(model.get_submodule(name), forms[name]) for name in names}
-    added = {name: _bytes(model.get_submodule(name), wide[name]) - sizes[name] for name in names}
+    sizes = {name: stored_bytes(model.get_submodule(name), forms[name]) for name in names}
+    added = {name: stored_bytes(model.get_submodule(name), wide[name]) - sizes[name] for name in names}
     budget = int(extra * sum(sizes.values()))
     if budget < min(added.values(), default=0):
         return dict(forms)
@@ -156,8 +156,3 @@ def choose_eight_bits(
         found |= output_sensitivities(model, run, len(masked), of_size, group_size=size)
     chosen = choose_wider(found, added, budget)
     return {**forms, **{name: wide[name] for name in chosen}}
-
-
-def _bytes(module: nn.Module, form: LayerForm) -> int:
-    shapes = stored_tensors(module, form).values()
-    return sum(torch.Size(shape).numel() * (dtype or torch.bfloat16).itemsize for shape, dtype in shapes)
