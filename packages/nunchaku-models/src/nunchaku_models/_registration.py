@@ -1,16 +1,9 @@
-"""Registering the quantisation method with diffusers, now or when diffusers is imported.
+"""Registering the quantisation method with diffusers, now or when diffusers is imported."""
 
-diffusers has no registration function and takes seconds to import. If it is not imported yet, a finder waits on
-`sys.meta_path` for the one module that holds the dictionaries, and steps aside after that.
-"""
-
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from nunchaku_kernels.after_import import after_import
 
 _TARGET = "diffusers.quantizers.auto"
+"""The one module that holds the dictionaries; diffusers has no registration function."""
 
 
 def register_with_diffusers() -> None:
@@ -18,47 +11,7 @@ def register_with_diffusers() -> None:
     after_import(_TARGET, _register)
 
 
-def after_import(target: str, action: Callable[[], None]) -> None:
-    """Call `action` once the module `target` is imported; now, if it is."""
-    if target in sys.modules:
-        action()
-    elif not any(isinstance(finder, _AfterImport) and finder.target == target for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(target, action))
-
-
 def _register() -> None:
     from nunchaku_models.diffusers_quantizer import register
 
     register()
-
-
-class _AfterImport:
-    """Finds `target` where the other finders find it, and calls `action` after it was executed."""
-
-    def __init__(self, target: str, action: Callable[[], None]) -> None:
-        self.target = target
-        self._action = action
-        self._searching = False
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self.target or self._searching:
-            return None
-        self._searching = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._searching = False
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_act(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            self._action()
-
-        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]  # this spec's own loader
-        return spec
