@@ -8,10 +8,10 @@ import argparse
 import contextlib
 import json
 import re
-import sys
 import time
-from importlib.metadata import entry_points
 from typing import Any
+
+from nunchaku_models.cli.plugins import add_plugins
 
 ENTRY_POINTS = "nunchaku.bench"
 
@@ -85,14 +85,7 @@ def register(subparsers: Any) -> None:
     quantizer.add_argument("--seed", type=int, default=0, help="seed of layers and tokens (0)")
     quantizer.set_defaults(run=run_quantizer)
 
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
-            entry.load()(kinds)
-        except Exception as error:
-            # one broken plug-in must not take the other benchmarks away
-            said = " ".join(str(error).split())
-            print(f"nunchaku: the benchmark {entry.name!r} is not available: {said}", file=sys.stderr)
-
+    add_plugins(ENTRY_POINTS, kinds, "benchmark")
     for kind in kinds.choices.values():
         with contextlib.suppress(argparse.ArgumentError):  # a plug-in may have its own
             kind.add_argument("--json", action="store_true", help="print one JSON object")

@@ -12,9 +12,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 
 from nunchaku_models import __version__
+from nunchaku_models.cli.plugins import add_plugins, one_line
 
 ENTRY_POINTS = "nunchaku.commands"
 COMMANDS = ("generate", "quantize", "evaluate", "inspect", "doctor", "bench")
@@ -42,12 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for name in COMMANDS:
         importlib.import_module(f"nunchaku_models.cli.{name}").register(subparsers)
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
-            entry.load()(subparsers)
-        except Exception as error:
-            # one broken plug-in must not take the other commands away
-            print(f"nunchaku: the command {entry.name!r} is not available: {one_line(error)}", file=sys.stderr)
+    add_plugins(ENTRY_POINTS, subparsers, "command")
     for command in subparsers.choices.values():
         # after the command too; SUPPRESS keeps what was said before it
         with contextlib.suppress(argparse.ArgumentError):
@@ -90,12 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return EXIT_INTERNAL
     return int(result or 0)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line; its class name where it has none."""
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
 
 
 if __name__ == "__main__":
