@@ -45,8 +45,17 @@ def objective(target: Tensor, codes: AffineCodes, hessian: Tensor) -> float:
 def test_whole_ranges_are_plain_rounding(seed: int, n: int, groups: int, size: int, dtype: torch.dtype) -> None:
     weight = weight_of(seed, n, groups * size)
     mine = quantize_affine(weight, size, search=False, dtype=dtype)
-    codes, scales, zeros = quantize_w4a16(weight, size, symmetric=False, dtype=dtype)
+    grouped = weight.float().view(n, groups, size)
+    zeros = grouped.amin(dim=2).to(dtype)
+    span = grouped.amax(dim=2) - grouped.amin(dim=2)
+    scales = (span / torch.full_like(span, 15)).to(dtype)
+    scales = torch.where(scales == 0, 1.0, scales)  # of a constant group
+    codes = ((grouped - zeros.float()[..., None]) / scales.float()[..., None]).round().clamp(0, 15).view(n, -1).byte()
     assert torch.equal(mine.codes, codes) and torch.equal(mine.scales, scales) and torch.equal(mine.zeros, zeros)
+    for same, found in zip(
+        quantize_w4a16(weight, size, symmetric=False, dtype=dtype), (codes, scales, zeros), strict=True
+    ):
+        assert torch.equal(same, found)
     values = reference.dequantize(codes, scales.float(), zeros.float())
     assert torch.equal(mine.dequantize(), values)
     assert torch.equal(mine.with_levels(mine.levels()).codes, codes)

@@ -12,11 +12,13 @@ import torch
 from nunchaku_kernels._checks import FLOAT_DTYPES, require_multiple, require_tensor
 from nunchaku_kernels.formats import W4A16Weights
 from nunchaku_kernels.quantize._blocks import row_blocks
-from nunchaku_kernels.quantize.awq import UINT4_MAX, quantize_w4a16
+from nunchaku_kernels.quantize.affine import level_range
+from nunchaku_kernels.quantize.awq import quantize_w4a16
 from nunchaku_kernels.quantize.smoothing import InputSpans, published_candidates
 
 NUM_GRIDS = 20
 RANGE_STEPS = 20
+_HIGHEST = level_range(4)[1]
 
 
 def awq_smoothing(
@@ -89,10 +91,10 @@ def awq_round(
         for step in range(RANGE_STEPS + 1):
             ratio = 1 - step / 100
             zero = (low * ratio).to(dtype)
-            scale = ((high - low) * ratio / UINT4_MAX).to(dtype)
+            scale = ((high - low) * ratio / _HIGHEST).to(dtype)
             scale = torch.where(scale == 0, 1.0, scale)
             exact = (groups - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
-            levels = exact.round().clamp(0, UINT4_MAX)
+            levels = exact.round().clamp(0, _HIGHEST)
             deviation = levels * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1) - groups
             error = (torch.einsum("ngk,gkj->ngj", deviation, inner) * deviation).sum(dim=-1)
             tried = (levels.to(torch.uint8), scale, zero)
