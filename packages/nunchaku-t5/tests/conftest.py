@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
+from nunchaku_kernels.ops import _native
 from nunchaku_t5.cli import main
 
 torch.set_num_threads(1)  # the tensors are tiny, and a second thread waits for its core on a busy machine
@@ -89,6 +90,13 @@ def relative_error(given: torch.Tensor, wanted: torch.Tensor) -> float:
     """Root mean square of the difference over that of `wanted`."""
     given, wanted = given.detach().float(), wanted.detach().float()
     return float((given - wanted).norm() / wanted.norm())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        missing = _native.missing_cuda_kernels(0) if torch.cuda.is_available() else "no CUDA device"
+        if missing:
+            pytest.skip(missing)
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,9 @@ def test_budget_of_eight_bits(tiny: SimpleNamespace) -> None:
     forms = {name: LayerForm(group_size=64) for name in names} | {"shared": LayerForm(8)}
     texts = batches(model.config.vocab_size, 2, 2)
     assert choose_eight_bits(model, texts, forms, 0.0) == forms
-    wide = choose_eight_bits(model, texts, forms, 10.0)
+    seen: list[tuple[int, int]] = []
+    wide = choose_eight_bits(model, texts, forms, 10.0, lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 2), (2, 2)]
     assert all(wide[name] == LayerForm(8, 64) for name in names) and wide["shared"] == LayerForm(8)
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import T5EncoderModel, UMT5EncoderModel
+from transformers.activations import NewGELUActivation
 
 import nunchaku_t5
 from nunchaku_t5 import EncoderLinear, Int8Embedding, NunchakuT5EncoderModel, quantize_encoder
@@ -34,6 +35,18 @@ def test_computes_what_dequantised_weights_compute(tiny: SimpleNamespace, data: 
     inputs = data.draw(tiny.texts(model.config.vocab_size))
     limit = 1e-5 if dtype == torch.float32 else BF16_NOISE
     assert tiny.relative_error(tiny.encode(model, inputs), tiny.encode(plain, inputs)) < limit
+
+
+@pytest.mark.parametrize("kind", ["t5", "umt5"])
+def test_gelu_in_one_pass_is_the_same_function(kind: str, tiny: SimpleNamespace) -> None:
+    model = tiny.make_encoder(kind, dtype=torch.float32)
+    original = copy.deepcopy(model)
+    quantize_encoder(model)
+    original.load_state_dict(copy.deepcopy(model).dequantize().state_dict())
+    here, there = ({type(m) for m in each.modules()} for each in (model, original))
+    assert NewGELUActivation in there and NewGELUActivation not in here
+    inputs = {"input_ids": torch.arange(40)[None], "attention_mask": torch.ones(1, 40)}
+    assert tiny.relative_error(tiny.encode(model, inputs), tiny.encode(original, inputs)) < 1e-5
 
 
 @given(data=st.data())

@@ -82,6 +82,7 @@ def add_commands(parser: argparse.ArgumentParser, program: str = "nunchaku-t5") 
         "--eight-bits", type=float, default=10, metavar="PERCENT",
         help="with texts: how much the linears may grow by storing some of them in 8 bits (10)",
     )  # fmt: skip
+    quantize.add_argument("--device", help="with texts: torch device to fit on (cuda if there is one)")
     quantize.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
     quantize.set_defaults(run=run_quantize)
 
@@ -122,8 +123,8 @@ def run_quantize(args: argparse.Namespace) -> int:
     )
     if args.calibrate is not None:
         calibrate(quantization, args)
-    elif args.rank:
-        raise ValueError("--rank needs texts: give some with --calibrate")
+    elif args.rank or args.device:
+        raise ValueError("--rank and --device need texts: give some with --calibrate")
     conversion = Conversion(quantization, Path(args.output), embeddings_twice=args.embeddings_twice)
     started = time.monotonic()
     with tqdm(total=quantization.bytes_before, unit="B", unit_scale=True, desc="quantize") as bar:
@@ -142,11 +143,27 @@ def run_quantize(args: argparse.Namespace) -> int:
 
 
 def calibrate(quantization: Any, args: argparse.Namespace) -> None:
-    """Fit to the texts that were named."""
+    """Fit to the texts that were named, with progress on stderr."""
+    import torch
+    from tqdm import tqdm
+
     from nunchaku_t5.calibration import find_tokenizer, read_texts, tokenized
 
     texts = read_texts(Path(args.calibrate))
     tokenizer = find_tokenizer(args.source, args.tokenizer)
     batches = tokenized(tokenizer, texts, quantization.source.config.vocab_size)
     print(f"calibrating on {len(texts)} texts", file=sys.stderr)
-    quantization.calibrate(batches, method=args.method, rank=args.rank, eight_bits=args.eight_bits / 100)
+    with tqdm(desc="choose what gets 8 bits", unit="batch", delay=1) as bar:
+
+        def on_batch(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        quantization.calibrate(
+            batches,
+            method=args.method,
+            rank=args.rank,
+            eight_bits=args.eight_bits / 100,
+            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            on_batch=on_batch,
+        )

@@ -94,18 +94,27 @@ class EncoderQuantization:
                 self.infos[f"{path}.{name}"] = TensorInfo(shape, dtype_ or self.dtype)
 
     def calibrate(
-        self, batches: Sequence[Batch], *, method: str = "fitted", rank: int = 0, eight_bits: float = 0.1
+        self,
+        batches: Sequence[Batch],
+        *,
+        method: str = "fitted",
+        rank: int = 0,
+        eight_bits: float = 0.1,
+        device: torch.device | str = "cpu",
+        on_batch: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         """Fit the linears to texts instead of rounding their weights to the nearest.
 
-        Takes the 16-bit encoder into memory (mapped, where its files are in bfloat16) and, for `eight_bits`, runs it
-        forward and backward on all batches at once; the fitting itself is done while `made` is iterated.
+        Takes the 16-bit encoder into memory (on the CPU mapped, where its files are in bfloat16) and, for `eight_bits`,
+        runs it forward and backward on each batch; the fitting itself is done while `made` is iterated.
 
         Args:
             batches: see `calibration.tokenized`.
             method: "fitted" (GPTQ and what goes with it) or "awq" (as the published file was made).
             rank: of a 16-bit low-rank branch beside each linear; 0 for none; "fitted" only.
             eight_bits: bytes that linears in 8 bits may add, relative to those of all linears in 4 bits; "fitted" only.
+            device: where it is done; what is made is on the CPU again.
+            on_batch: progress of the search for what deserves 8 bits: batches begun, and of how many.
 
         Raises:
             ValueError: an argument does not fit.
@@ -120,9 +129,9 @@ class EncoderQuantization:
             rank, eight_bits = 0, 0.0
         linears = [name for name in self.layers if f"{name}.weight" not in EMBEDDINGS]
         self.layers |= {name: replace(self.layers[name], rank=rank) for name in linears}
-        model = self._sixteen_bit_model()
+        model, batches = self._sixteen_bit_model().to(device), [batch.to(device) for batch in batches]
         if eight_bits:
-            self.layers = choose_eight_bits(model, batches, self.layers, eight_bits)
+            self.layers = choose_eight_bits(model, batches, self.layers, eight_bits, on_batch)
         self._fitting = _Fitting(model, batches, METHODS[method], linears)
         self._lay_out()
 
@@ -203,11 +212,11 @@ class EncoderQuantization:
                     raise CheckpointError(f"{self.source.where}: {block.path}: {error}") from error
             if path in found.weights:
                 packed = pack_w4a16(found.weights[path], torch.int16)
-                yield path, {f"{path}.{name}": tensor for name, tensor in packed.items()}
+                yield path, {f"{path}.{name}": tensor.cpu() for name, tensor in packed.items()}
                 continue
             tensors = self.make(path)
             for name in tensors.keys() & found.changed.keys():
-                tensors[name] = found.changed[name].to(self.dtype)
+                tensors[name] = found.changed[name].to("cpu", self.dtype)
             yield path, tensors
 
     def load(self, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """Ways to fit a block's linears to calibration data."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -60,13 +61,14 @@ def awq(block: Block, forms: Mapping[str, LayerForm], dtype: torch.dtype) -> Fit
         form = forms[f"{block.path}.{group[0]}"]
         if form.bits != 4 or form.rank:
             raise ValueError(f"{block.path}.{group[0]}: AWQ has 4 bits and no branch, got {form}")
-        spans, sums = InputSpans(block.weight(group[0]).shape[1]), PairedMoments(block.weight(group[0]).shape[1])
+        weights = [block.weight(name) for name in group]
+        columns, device = weights[0].shape[1], weights[0].device
+        spans, sums = InputSpans(columns, device=device), PairedMoments(columns, device)
         for tokens in block.originals[group[0]]:
             spans.update(tokens)
             sums.update(tokens)
         front = _front(module, group[0])
-        weights = [block.weight(name) for name in group]
-        scale = torch.ones(weights[0].shape[1])
+        scale = torch.ones(columns, device=device)
         # A file that quantises some of the linears behind a norm only cannot have it divided for them alone.
         if front is not None and _all_readers(module, group):
             scale = awq_smoothing(weights, spans, sums.moment, group_size=form.group_size, dtype=dtype)
@@ -122,7 +124,11 @@ METHODS: dict[str, Method] = {"fitted": fitted, "awq": awq}
 
 
 def choose_eight_bits(
-    model: Any, batches: Sequence[Batch], forms: Mapping[str, LayerForm], extra: float
+    model: Any,
+    batches: Sequence[Batch],
+    forms: Mapping[str, LayerForm],
+    extra: float,
+    on_batch: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, LayerForm]:
     """Store those linears in 8 bits that 4 bits hurt most, by what the encoder gives in the end.
 
@@ -131,6 +137,7 @@ def choose_eight_bits(
         batches: the masked ones are used.
         forms: path -> form.
         extra: bytes that 8 bits may add, relative to those of all linears in 4 bits.
+        on_batch: progress: told how many batches are begun, and of how many.
 
     Returns:
         `forms`, with other bits where it says so.
@@ -144,14 +151,18 @@ def choose_eight_bits(
     if budget < min(added.values(), default=0):
         return dict(forms)
 
+    sizes_of_groups = sorted({forms[name].group_size for name in names})
+    begun = count(1)
+
     def run(index: int) -> torch.Tensor:
+        on_batch(next(begun), len(sizes_of_groups) * len(masked))
         batch = masked[index]
         states: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         return states[batch.counted]
 
     model.requires_grad_(False)
     found: dict[str, float] = {}
-    for size in sorted({forms[name].group_size for name in names}):
+    for size in sizes_of_groups:
         of_size = [name for name in names if forms[name].group_size == size]
         found |= output_sensitivities(model, run, len(masked), of_size, group_size=size)
     chosen = choose_wider(found, added, budget)

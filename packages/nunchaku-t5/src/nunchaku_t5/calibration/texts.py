@@ -36,6 +36,11 @@ class Batch(NamedTuple):
         """Which tokens the result counts for, bool (B, T); None for all."""
         return None if self.attention_mask is None else self.attention_mask.bool()
 
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on a device."""
+        mask = self.attention_mask
+        return Batch(self.input_ids.to(device), None if mask is None else mask.to(device))
+
 
 def read_texts(path: Path) -> list[str]:
     """The lines of a text file that are not empty, at most `TEXT_LIMIT`.
