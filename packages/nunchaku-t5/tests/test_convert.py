@@ -1,6 +1,7 @@
 """Files to files: what is written is what quantising in memory gives, and nothing on disk is lost."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,6 +134,26 @@ def test_what_was_there_stays(name: str, how: str, tiny: SimpleNamespace, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, "t5"]
     if name != "out":
         assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", ["t5/model.safetensors", "link.safetensors", "t5/../t5/model.safetensors"])
+def test_the_source_is_not_overwritten(output: str, tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
+    tiny.make_encoder().save_pretrained(tmp_path / "t5")
+    (tmp_path / "link.safetensors").symlink_to("t5/model.safetensors")
+    before = (tmp_path / "t5" / "model.safetensors").read_bytes()
+    for source in ("t5", "t5/model.safetensors", "link.safetensors"):
+        code, _, err = cli("quantize", tmp_path / source, "-o", tmp_path / output)
+        assert code == 2 and "another name" in err
+    assert (tmp_path / "t5" / "model.safetensors").read_bytes() == before
+
+
+def test_what_is_no_file_is_not_replaced(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
+    tiny.make_encoder().save_pretrained(tmp_path / "t5")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out.safetensors").symlink_to("pipe")
+    code, _, err = cli("quantize", tmp_path / "t5", "-o", tmp_path / "out.safetensors")
+    assert code == 2 and "regular file" in err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_threads_of_torch_are_as_before(tiny: SimpleNamespace, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -280,7 +281,7 @@ class Conversion:
         embeddings_twice: write the embeddings under both of their names, for loaders that insist; files only.
 
     Raises:
-        CheckpointError: the output cannot be written; a folder must be new or empty.
+        CheckpointError: the output cannot be written, or is a file of the source; a folder must be new or empty.
         ValueError: an argument does not fit.
     """
 
@@ -290,7 +291,9 @@ class Conversion:
         if embeddings_twice and (not self.is_file or EMBEDDINGS[0].removesuffix(".weight") in quantization.layers):
             raise ValueError("embeddings are only written twice into a single file, and in 16 bits")
         self._twice = embeddings_twice
-        (check_writable if self.is_file else check_new_folder)(output)
+        target = (check_writable if self.is_file else check_new_folder)(output)
+        if any(target == Path(os.path.realpath(file)) for file in quantization.source.files):
+            raise CheckpointError(f"{output} is what is to be quantised; give another name")
 
     def run(self, on_module: Progress | None = None, *, threads: int | None = None) -> ConversionReport:
         """Quantise and write, one module after the other.

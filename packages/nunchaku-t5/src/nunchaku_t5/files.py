@@ -110,6 +110,11 @@ class TensorFiles:
     def __len__(self) -> int:
         return len(self._infos)
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files that hold them."""
+        return set(self._homes.values())
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype.
 
@@ -243,6 +248,8 @@ def check_writable(path: Path) -> Path:
     target = Path(os.path.realpath(path.expanduser()))
     if target.is_dir():
         raise CheckpointError(f"{path} is a folder; give the name of the file to write")
+    if target.exists() and not target.is_file():  # renaming something over a device or a pipe removes it
+        raise CheckpointError(f"{path} is no regular file; give another name")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{path} cannot be written: {target.parent} does not exist or is read-only")
     return target

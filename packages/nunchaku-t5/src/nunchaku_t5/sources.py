@@ -77,6 +77,11 @@ class EncoderSource:
             return EMBEDDINGS[1]
         return name
 
+    @property
+    def files(self) -> set[Path]:
+        """The files that its tensors are read from."""
+        return self._files.paths
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor of the model is stored."""
         return self._files.info(self._prefix + self._stored_name(name)).dtype
