@@ -88,7 +88,7 @@ def make_config(shapes: Shapes, given: Mapping[str, Any] | None, where: str) -> 
         if not gated:
             entries["feed_forward_proj"] = "relu"
     kind = entries.pop("model_type", seen["model_type"])
-    if kind not in MODELS:
+    if kind not in tuple(MODELS):  # not a look-up: files may say anything, a list for one
         raise CheckpointError(f"{where}: `model_type` must be t5 or umt5, got {shown(kind)}")
     if len(shapes) and seen["num_layers"] > 1 and kind != seen["model_type"]:
         raise CheckpointError(f"{where}: the config says {kind}, the tensors are those of {seen['model_type']}")

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nunchaku_t5.errors import shown
+from nunchaku_t5.errors import CheckpointError, shown
 
 QUANT_METHOD = "nunchaku_w4a16"
 GROUP_SIZES = (64, 128)
@@ -33,7 +33,7 @@ class LayerForm:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 0 <= self.rank <= RANK_LIMIT:
             raise ValueError(f"`rank` must be 0 to {RANK_LIMIT}, got {shown(self.rank)}")
         for name, value, allowed in (("bits", self.bits, BITS), ("group_size", self.group_size, GROUP_SIZES)):
-            if isinstance(value, bool) or value not in allowed:
+            if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
                 raise ValueError(f"`{name}` must be {' or '.join(map(str, allowed))}, got {shown(value)}")
 
     def overrides(self, default: "LayerForm") -> dict[str, Any]:
@@ -110,3 +110,18 @@ class W4A16Config(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """What transformers prints and writes."""
         return self.to_dict()
+
+
+def parse_quantization(entries: object, where: str) -> W4A16Config:
+    """The `quantization_config` that a file holds; `where` is for the message.
+
+    Raises:
+        CheckpointError: it is none of ours.
+    """
+    if not isinstance(entries, Mapping):
+        raise CheckpointError(f"{where} must be a JSON object, got {shown(entries)}")
+    try:
+        config: W4A16Config = W4A16Config.from_dict(entries)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return config

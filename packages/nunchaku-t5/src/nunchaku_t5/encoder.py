@@ -4,14 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from nunchaku_t5.architecture import MODELS, skeleton
+from nunchaku_t5.architecture import MODELS, make_config, skeleton
+from nunchaku_t5.config import parse_quantization
 from nunchaku_t5.errors import CheckpointError, shown
-from nunchaku_t5.files import CONFIG_NAME, TensorFiles
+from nunchaku_t5.files import CONFIG_NAME, TensorFiles, TensorInfo, read_json
 from nunchaku_t5.layers import swap_layers
-from nunchaku_t5.published import read_config, state_dict
-from nunchaku_t5.quantizer import check_shapes
+from nunchaku_t5.published import original_shapes, read_config, state_dict
+from nunchaku_t5.quantizer import check_tensors
 
 SUFFIXES = (".safetensors", ".sft")
 
@@ -47,12 +46,22 @@ class NunchakuT5EncoderModel:
         if folder is None or not (folder / CONFIG_NAME).is_file():
             kwargs.pop("subfolder", None)
             return _from_file(folder or source, kwargs)
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in MODELS:
-            raise CheckpointError(f"{folder} holds a {shown(config.model_type)}, not a T5 or UMT5")
-        if getattr(config, "quantization_config", None) is None:
-            raise CheckpointError(f"{folder} is not quantised; run `nunchaku t5 quantize {folder} -o OUT`")
-        return MODELS[config.model_type][1].from_pretrained(source, use_safetensors=True, **kwargs)
+        config = _folder_config(folder)
+        return MODELS[config.model_type][1].from_pretrained(source, **{**kwargs, "use_safetensors": True})
+
+
+def _folder_config(folder: Path) -> Any:
+    """The config in a folder, compared with its tensors: transformers would first build a model as large as it says."""
+    where = str(folder)
+    entries = read_json(folder / CONFIG_NAME)
+    kind, said = entries.get("model_type"), entries.get("quantization_config")
+    if kind not in tuple(MODELS):
+        raise CheckpointError(f"{where} holds a {shown(kind)}, not a T5 or UMT5")
+    if said is None:
+        raise CheckpointError(f"{where} is not quantised; run `nunchaku t5 quantize {where} -o OUT`")
+    layers = parse_quantization(said, f"{where}: `quantization_config`").layers
+    files = TensorFiles.of(folder)
+    return make_config(original_shapes({name: files.info(name) for name in files}, layers), entries, where)
 
 
 def _from_file(path: Path, kwargs: dict[str, Any]) -> Any:
@@ -65,7 +74,8 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> Any:
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
     tensors = state_dict(files)
-    check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+    stored = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    check_tensors(expected, stored, where)
     unknown = sorted(tensors.keys() - expected.state_dict().keys())
     if unknown:
         raise CheckpointError(f"{where} holds {len(unknown)} tensors of no use, the first is {shown(unknown[0])}")

@@ -24,6 +24,7 @@ JSON_LIMIT = 100_000_000
 """Largest JSON file read, bytes."""
 
 DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
     "I8": torch.int8,
     "U8": torch.uint8,
     "I16": torch.int16,

@@ -9,7 +9,7 @@ import torch
 
 from nunchaku_kernels.formats import padded_groups
 from nunchaku_t5.architecture import EMBEDDINGS, make_config
-from nunchaku_t5.config import GROUP_SIZES, LayerForm, W4A16Config
+from nunchaku_t5.config import GROUP_SIZES, LayerForm, W4A16Config, parse_quantization
 from nunchaku_t5.errors import CheckpointError, shown
 from nunchaku_t5.files import TensorFiles, TensorInfo, parse_json
 
@@ -62,7 +62,7 @@ def read_config(files: TensorFiles, where: str) -> tuple[Any, W4A16Config]:
     quantization = _quantization(infos, files.metadata.get("quantization_config"), where)
     text = files.metadata.get("config")
     given = None if text is None else parse_json(text, f"{where}: metadata `config`")
-    return make_config(_original_shapes(infos, quantization.layers), given, where), quantization
+    return make_config(original_shapes(infos, quantization.layers), given, where), quantization
 
 
 def state_dict(files: TensorFiles) -> dict[str, torch.Tensor]:
@@ -83,10 +83,7 @@ def _quantization(infos: Mapping[str, TensorInfo], text: str | None, where: str)
         raise CheckpointError(f"{where} holds no 4-bit layers (tensors named ....qweight); quantise it first")
     if text is not None:
         said = f"{where}: metadata `quantization_config`"
-        try:
-            config: W4A16Config = W4A16Config.from_dict(parse_json(text, said))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{said}: {error}") from error
+        config = parse_quantization(parse_json(text, said), said)
         if {name for name in config.layers if f"{name}.weight" not in EMBEDDINGS} != modules:
             raise CheckpointError(f"{said} names other modules than those that have a qweight")
         return config
@@ -110,12 +107,12 @@ def _group_size(infos: Mapping[str, TensorInfo], module: str, where: str) -> int
     )
 
 
-def _original_shapes(infos: Mapping[str, TensorInfo], layers: Mapping[str, LayerForm]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the tensors had before."""
+def original_shapes(infos: Mapping[str, TensorInfo], layers: Mapping[str, LayerForm]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the tensors of a model had before it was quantised; names are those that modules have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, info in infos.items():
         module, _, last = name.rpartition(".")
-        if module in layers and last == "qweight":
+        if module in layers and last == "qweight" and len(info.shape) == 2:
             shapes[f"{module}.weight"] = (info.shape[0] * 4, info.shape[1] * 4 // layers[module].bits)
         elif module not in layers or last in ("weight", "bias"):
             shapes[name] = info.shape

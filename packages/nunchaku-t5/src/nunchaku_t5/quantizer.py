@@ -14,10 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from nunchaku_t5.config import QUANT_METHOD, W4A16Config
 from nunchaku_t5.errors import CheckpointError, shown
-from nunchaku_t5.files import TensorFiles
+from nunchaku_t5.files import TensorFiles, TensorInfo
 from nunchaku_t5.layers import EncoderLinear, Int8Embedding, places, swap_layers, untie_scales
-
-Shapes = Mapping[str, Sequence[int]]
 
 
 class W4A16Quantizer(HfQuantizer):
@@ -27,18 +25,23 @@ class W4A16Quantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         where = str(Path(checkpoint_files[0]).parent) if checkpoint_files else type(model).__name__
+        layers = self.quantization_config.layers
+        if not layers:
+            raise CheckpointError(
+                f"{where}: `quantization_config` must name the quantised layers, got none; a model that is not "
+                "quantised yet is by `quantize_encoder`"
+            )
         try:
-            swap_layers(model, self.quantization_config.layers)
+            swap_layers(model, layers)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from error
         if checkpoint_files:
             stored = TensorFiles([Path(file) for file in checkpoint_files])
-            if same_names(self.quantization_config.layers, stored):
-                check_shapes(model, {name: stored.info(name).shape for name in stored}, where)
+            if same_names(layers, stored):
+                check_tensors(model, {name: stored.info(name) for name in stored}, where)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        # transformers 5 marks what it loaded, and makes up what is missing
-        marks = any(getattr(value, "_is_hf_initialized", False) for value in model.parameters())
+        marks = hasattr(model, "all_tied_weights_keys")  # transformers 5 marks what it loaded, and makes up the rest
         for name in self.quantization_config.layers:
             for key, value in model.get_submodule(name).named_parameters():
                 value.requires_grad_(False)
@@ -73,16 +76,17 @@ class W4A16Quantizer(HfQuantizer):
         return False
 
 
-def check_shapes(model: nn.Module, stored: Shapes, where: str) -> None:
+def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo], where: str) -> None:
     """Compare what a model, on the meta device, will hold with what its files hold: before anything is allocated.
 
     Args:
         model: with its layers swapped.
-        stored: tensor name -> shape.
+        stored: tensor name -> shape and dtype.
         where: for the message.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape. Tensors nobody asks for are transformers' to report.
+        CheckpointError: a tensor is missing, or has another shape or another dtype; any floating-point dtype may stand
+            for another. Tensors nobody asks for are transformers' to report.
     """
     base = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     values = model.state_dict(keep_vars=True)
@@ -95,10 +99,11 @@ def check_shapes(model: nn.Module, stored: Shapes, where: str) -> None:
             absent.append((name, shared))
             continue
         present.add(shared)
-        if tuple(stored[found]) != tuple(value.shape):
-            raise CheckpointError(
-                f"{where}: {shown(found)} must have shape {list(value.shape)}, found {list(stored[found])}"
-            )
+        shape, dtype = stored[found]
+        if shape != tuple(value.shape):
+            raise CheckpointError(f"{where}: {shown(found)} must have shape {list(value.shape)}, found {list(shape)}")
+        if dtype != value.dtype and not (dtype.is_floating_point and value.is_floating_point()):
+            raise CheckpointError(f"{where}: {shown(found)} must have dtype {value.dtype}, found {dtype}")
     missing = [name for name, shared in absent if shared not in present]
     if missing:
         raise CheckpointError(f"{where} lacks the tensor {shown(missing[0])}; it is not whole, get it again")
