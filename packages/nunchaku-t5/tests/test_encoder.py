@@ -79,6 +79,27 @@ def test_through_a_folder(tiny: SimpleNamespace, data: st.DataObject) -> None:
     assert set(stored["quantization_config"]["layers"]) == set(report.layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("embedding_bits", [8, 16])
+def test_compiles_as_one_graph(dtype: torch.dtype, embedding_bits: int, tiny: SimpleNamespace) -> None:
+    model = tiny.make_encoder(dtype=dtype)
+    quantize_encoder(model, embedding_bits=embedding_bits)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).last_hidden_state
+        exported = torch.export.export(model, (), {"input_ids": ids}).module()
+        for same in (compiled, exported):
+            assert torch.equal(same(input_ids=ids).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("ids", [[[-1]], [[1, 50]], torch.ones(50, 128, dtype=torch.uint8), torch.ones(1, 3)])
+def test_ids_that_the_embedding_lacks(ids: Any) -> None:
+    with pytest.raises((IndexError, RuntimeError), match=r"out of range|Expected tensor for argument #1 'indices'"):
+        Int8Embedding(50, 128)(torch.as_tensor(ids))
+
+
 def test_embeddings_are_stored_once(tiny: SimpleNamespace, tmp_path: Path) -> None:
     from safetensors import safe_open
 

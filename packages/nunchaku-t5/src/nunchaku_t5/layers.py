@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import embedding
 from transformers.activations import NewGELUActivation
 
 from nunchaku_kernels.formats import padded_groups
@@ -30,9 +31,9 @@ class EncoderLinear(W4A16Linear):
     @property
     def weight(self) -> torch.Tensor:
         """Zeros (out_features, in_features) without storage, see `QuantizedLinear.weight`."""
-        zeros = super().weight
-        if self.wide and zeros.dtype == torch.float16:
-            zeros = torch.zeros((), dtype=torch.float32, device=zeros.device).expand_as(zeros)
+        dtype = torch.float32 if self.wide and self.compute_dtype == torch.float16 else self.compute_dtype
+        # not by super(): torch.compile does not follow properties there
+        zeros = torch.zeros((), dtype=dtype, device=self.qweight.device).expand(self.out_features, self.in_features)
         # transformers initialises weights that it does not take for loaded: attention modules those of their children
         zeros._is_hf_initialized = True  # type: ignore[attr-defined]
         return zeros
@@ -72,7 +73,8 @@ class Int8Embedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Integer ids (...) -> (..., embedding_dim) in the dtype of the scales."""
-        return self.weight[ids].to(self.wscales.dtype) * self.wscales[ids].unsqueeze(-1)
+        rows, wscales = embedding(ids, self.weight), embedding(ids, self.wscales.unsqueeze(-1))
+        return rows.to(wscales.dtype) * wscales
 
     def dequantize(self) -> torch.Tensor:
         """The stored rows (num_embeddings, embedding_dim), float32."""
