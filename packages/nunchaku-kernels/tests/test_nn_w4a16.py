@@ -197,6 +197,31 @@ def test_gradients_are_those_of_the_dequantised_weight(dtype: torch.dtype) -> No
     assert x.grad.any()
 
 
+def test_gradients_of_gradients_and_of_compiled_layers() -> None:
+    layer = W4A16Linear.from_weights(form_of(24, 128, 8, 3), randn(24, seed=4, dtype=torch.bfloat16)).float()
+    weight, bias = layer.dequantize() - layer.proj_up @ layer.proj_down, layer.bias
+    layer.proj_up.requires_grad_()
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return x @ weight.t() + x @ layer.proj_down.t() @ layer.proj_up.t() + bias
+
+    torch.compiler.reset()
+    given_gradients = []
+    for function in (plain, layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        x = randn(5, 128).requires_grad_()
+        wanted = [x, layer.proj_up]
+        gradients = torch.autograd.grad(function(x).pow(3).sum(), wanted, create_graph=function in (plain, layer))
+        if function in (plain, layer):
+            gradients += torch.autograd.grad(gradients[0].square().sum(), wanted)
+        given_gradients.append(gradients)
+    for others in given_gradients[1:]:
+        for mine, expected in zip(others, given_gradients[0], strict=False):
+            torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
+    x = randn(5, 128).requires_grad_()
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_copies_conversions_and_state() -> None:
     layer, x = make_modulation(6)[0], randn(2, 64)
     y = layer(x)

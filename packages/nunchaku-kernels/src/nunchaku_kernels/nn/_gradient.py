@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 Function = Callable[..., torch.Tensor]
 
@@ -14,21 +13,27 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, run: Function, surrogate: Function, *tensors: torch.Tensor | None) -> torch.Tensor:
         ctx.surrogate = surrogate
         ctx.save_for_backward(*tensors)
-        return run()
+        with torch.no_grad():  # torch.export traces it as if gradients were recorded
+            return run()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            inputs = [
-                None if tensor is None else tensor.detach().requires_grad_(needed)
-                for tensor, needed in zip(ctx.saved_tensors, wanted, strict=True)
-            ]
-            output = ctx.surrogate(*inputs)
-        leaves = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-        gradients = iter(torch.autograd.grad(output, leaves, grad, allow_unused=True))
-        return None, None, *(next(gradients) if needed else None for needed in wanted)
+        tensors: tuple[torch.Tensor | None, ...] = ctx.saved_tensors
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+
+        def towards_wanted(*given: torch.Tensor) -> torch.Tensor:
+            inputs = list(tensors)
+            for index, tensor in zip(wanted, given, strict=True):
+                inputs[index] = tensor
+            result: torch.Tensor = ctx.surrogate(*inputs)
+            return result
+
+        # Not torch.autograd.grad: what that gives has no gradient of its own, and torch.compile does not follow it.
+        pull = torch.func.vjp(towards_wanted, *(tensors[index] for index in wanted))[1]
+        gradients: list[torch.Tensor | None] = [None] * len(tensors)
+        for index, gradient in zip(wanted, pull(grad), strict=True):
+            gradients[index] = gradient
+        return None, None, *gradients
 
 
 def straight_through(run: Function, surrogate: Function, *tensors: torch.Tensor | None) -> torch.Tensor:
@@ -37,7 +42,8 @@ def straight_through(run: Function, surrogate: Function, *tensors: torch.Tensor 
     Args:
         run: computes the result by operators, which record no gradient.
         surrogate: the same function of `tensors` in differentiable torch, on dequantised weights. Called in the
-            backward pass only, which costs it two matrix products and the dequantised weight for its duration.
+            backward pass only, which costs it two matrix products and the dequantised weight for its duration; the
+            gradient is differentiable again.
         tensors: everything a gradient may be asked for; None for what is absent.
     """
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
