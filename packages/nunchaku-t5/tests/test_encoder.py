@@ -49,6 +49,26 @@ def test_gelu_in_one_pass_is_the_same_function(kind: str, tiny: SimpleNamespace)
     assert tiny.relative_error(tiny.encode(model, inputs), tiny.encode(original, inputs)) < 1e-5
 
 
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantised_in_one_dtype(
+    asked: torch.dtype | None, dtype: torch.dtype, tiny: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Saving leaves the dtype's name in the config, `.to()` what it was before."""
+    model = tiny.make_encoder(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    quantize_encoder(model, embedding_bits=8)
+    inputs = {"input_ids": torch.arange(9)[None], "attention_mask": torch.ones(1, 9)}
+    wanted = tiny.encode(model.to(dtype), inputs)
+    plain = model.dequantize() if asked is None else model.dequantize(asked)
+    assert len({value.dtype for value in plain.parameters()}) == 1
+    assert plain.dtype in (asked, dtype)
+    assert tiny.relative_error(tiny.encode(plain, inputs), wanted) < BF16_NOISE
+    plain.save_pretrained(tmp_path / "plain")
+    again = T5EncoderModel.from_pretrained(tmp_path / "plain", dtype=plain.dtype)
+    assert tiny.relative_error(tiny.encode(again, inputs), tiny.encode(plain, inputs)) < BF16_NOISE
+
+
 @given(data=st.data())
 def test_padding_and_batch_change_nothing(tiny: SimpleNamespace, data: st.DataObject) -> None:
     model = data.draw(tiny.encoders(dtype=torch.float32))

@@ -56,15 +56,17 @@ class W4A16Quantizer(HfQuantizer):
                     )
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # Where no dtype is asked for transformers gives the config's: of the time of loading, and a name after saving.
+        asked = None if dtype is None or _dtype(dtype) == _dtype(model.config.dtype) else _dtype(dtype)
         for module, homes in places(model).items():
             if isinstance(module, EncoderLinear | Int8Embedding):
-                original = dequantized(module, dtype or module.wscales.dtype)
+                original = dequantized(module, asked or module.wscales.dtype)
                 for home, child in homes:
                     setattr(home, child, original)
         untie_scales(model)
         model.tie_weights()
-        return model
+        return model if asked is None else model.to(asked)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` works."""
@@ -120,6 +122,11 @@ def same_names(layers: Iterable[str], stored: Iterable[str]) -> bool:
     it loads them, by rules of its own."""
     names = set(stored)
     return any(f"{layer}.qweight" in names for layer in layers)
+
+
+def _dtype(name: torch.dtype | str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+    return found
 
 
 def dequantized(module: EncoderLinear | Int8Embedding, dtype: torch.dtype) -> nn.Module:
