@@ -92,12 +92,21 @@ def test_a_refusal_changes_nothing(tiny: SimpleNamespace) -> None:
         ({"group_size": 96}, "group_size"),
         ({"embedding_bits": 4}, "embedding_bits"),
         ({"skip": ["nothing"]}, "nothing"),
+        ({"skip": [""]}, "''"),
+        ({"group_size": 128.0}, "group_size"),
     ):
         with pytest.raises(ValueError, match=word):
             quantize_encoder(model, **arguments)
-    model.text_model.encoder.layers[1].mlp.fc2.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.fc2"):
-        quantize_encoder(model)
+    for arguments, word in (({"skip": "text_model"}, "skip"), ({"skip": None}, "skip")):
+        with pytest.raises(TypeError, match=word):
+            quantize_encoder(model, **arguments)
+    linear = model.text_model.encoder.layers[1].mlp.fc2
+    right = linear.weight.data
+    nan = torch.full_like(right, torch.nan)
+    for wrong, word in ((nan, "finite"), (right.double(), "float64"), (right.to("meta"), "meta")):
+        linear.weight = nn.Parameter(wrong)
+        with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.fc2.*{word}"):
+            quantize_encoder(model)
     assert not any(isinstance(module, EncoderLinear) for module in model.modules())
     assert getattr(model, "hf_quantizer", None) is None
     small = tiny.make_encoder(d_model=32, d_kv=8, d_ff=32)
@@ -107,6 +116,27 @@ def test_a_refusal_changes_nothing(tiny: SimpleNamespace) -> None:
     quantize_encoder(done)
     with pytest.raises(ValueError, match="already"):
         quantize_encoder(done)
+
+
+def test_what_is_no_model_of_transformers() -> None:
+    for wrong in (nn.Sequential(nn.Linear(128, 128)), None):
+        with pytest.raises(TypeError, match=type(wrong).__name__):
+            quantize_encoder(wrong)
+
+
+def test_hooks_are_not_lost() -> None:
+    model, called = clip(), []
+    layers = model.text_model.encoder.layers
+    layers[0].mlp.fc1.register_forward_hook(lambda *_: called.append("fc1"))
+    layers[0].mlp.fc2.register_forward_pre_hook(lambda *_: called.append("fc2"))
+    original = layers[1].mlp.fc1.forward
+    layers[1].mlp.fc1.forward = lambda x: (called.append("forward"), original(x))[1]
+    model.get_input_embeddings().register_forward_hook(lambda *_: called.append("embedding"))
+    report = quantize_encoder(model.eval(), embedding_bits=8)
+    assert sum(why == "has hooks" for why in report.kept.values()) == 4
+    assert not any(module.training for module in model.modules())
+    states(model)
+    assert called == ["embedding", "fc1", "fc2", "forward"]
 
 
 def test_a_folder_that_is_not_whole(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | No
                 name=name,
                 wide=parent in wide,
             )
+        new.train(original.training)
         for home, child in homes[original]:
             setattr(home, child, new)
     _tie_scales(model, [name for name, form in layers.items() if isinstance(modules[name], nn.Embedding)])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from nunchaku_kernels.formats import W4A16Weights, pack_w4a16
 from nunchaku_kernels.quantize import quantize_affine
@@ -98,14 +99,16 @@ def plan(
         Module path -> form, and module path -> why of each linear (and embedding asked for) to keep.
 
     Raises:
-        ValueError: an argument is none of those named, or a path in `skip` is no module.
+        ValueError, TypeError: an argument is none of those named, or a path in `skip` is no module.
     """
+    if isinstance(skip, str) or not isinstance(skip, Collection):
+        raise TypeError(f"`skip` must be several module paths, got {skip!r}")
     default = LayerForm(group_size=group_size)
     if embedding_bits not in (8, 16):
         raise ValueError(f"`embedding_bits` must be 8 or 16, got {embedding_bits!r}")
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in skip:
-        if path not in modules:
+        if not path or path not in modules:
             raise ValueError(f"`skip`: {type(model).__name__} has no module {path!r}")
     outside = tied_names(model)
     output = model.get_output_embeddings()
@@ -115,10 +118,14 @@ def plan(
     for name, module in model.named_modules():
         if embedding is not None and module is embedding:
             others = [other for other in outside.get(name, ()) if not isinstance(modules.get(other), nn.Embedding)]
-            if fits(module, LayerForm(bits=8)) and not others:
-                layers[name] = LayerForm(bits=8, group_size=group_size)
+            if others:
+                kept[name] = f"shares its weight with {', '.join(others)}"
+            elif has_hooks(module):
+                kept[name] = "has hooks"
+            elif not fits(module, LayerForm(bits=8)):
+                kept[name] = f"a {type(module).__name__}"
             else:
-                kept[name] = f"shares its weight with {', '.join(others)}" if others else f"a {type(module).__name__}"
+                layers[name] = LayerForm(bits=8, group_size=group_size)
         if not isinstance(module, nn.Linear):
             continue
         form = next((form for form in _forms(default) if fits(module, form)), None)
@@ -130,11 +137,19 @@ def plan(
             kept[name] = "output embeddings"
         elif type(module) is not nn.Linear:
             kept[name] = f"{type(module).__name__} is more than a linear"
+        elif has_hooks(module):
+            kept[name] = "has hooks"
         elif form is None:
             kept[name] = f"{module.in_features} inputs and {module.out_features} outputs; multiples of 64 and 4 needed"
         else:
             layers[name] = form
     return layers, kept
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: what takes its place would not."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def _forms(default: LayerForm) -> Iterator[LayerForm]:
@@ -161,9 +176,11 @@ def quantize_encoder(
         What was quantised and what was kept.
 
     Raises:
-        ValueError: an argument does not fit, the model is quantised already, nothing in it can be, or a weight is not
-            finite (the message names it). The model is unchanged then.
+        ValueError, TypeError: an argument does not fit, the model is quantised already, nothing in it can be, or a
+            weight is not finite, of another dtype or not in memory (the message names it). The model is unchanged then.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a model of transformers, got {type(model).__name__}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantised already")
     layers, kept = plan(model, group_size=group_size, embedding_bits=embedding_bits, skip=skip)
@@ -174,6 +191,10 @@ def quantize_encoder(
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, form in layers.items():
         module = model.get_submodule(name)
+        if module.weight.is_meta:
+            raise ValueError(f"{name}: `weight` must be in memory, got a tensor on the meta device")
+        if module.weight.dtype not in (*HALF_DTYPES, torch.float32):
+            raise ValueError(f"{name}: `weight` must be float32, float16 or bfloat16, got {module.weight.dtype}")
         try:
             tensors[name] = quantize_module(module, module.weight, form, module.weight.dtype)
         except ValueError as error:
