@@ -146,8 +146,9 @@ def test_tokens(tmp_path: Path) -> None:
 
 def test_texts(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
-    file.write_text("one\n\n  two \n", encoding="utf-8")
-    assert read_texts(file) == ["one", "two"]
+    for content in (b"one\n\n  two \n", b"\xef\xbb\xbfone\r\n\r\ntwo\r\n"):
+        file.write_bytes(content)
+        assert read_texts(file) == ["one", "two"]
     for content in (b"", b"\n \n", b"\xff\xfe\xff"):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"texts\.txt"):
@@ -167,8 +168,24 @@ def test_command(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
     assert code == 0 and "14 layers" in out and "2 texts" in err
     config = NunchakuT5EncoderModel.from_pretrained(tmp_path / "out").config.quantization_config
     assert {form.rank for form in config.layers.values()} == {8}
-    for wrong in (("--rank", "-1"), ("--eight-bits", "-1")):
-        code, _, err = cli(*options, *wrong)
-        assert code == 2 and "Traceback" not in err
-    code, _, err = cli("quantize", tmp_path / "t5", "-o", tmp_path / "other", "--rank", 8)
-    assert code == 2 and "--calibrate" in err
+    other = ("quantize", tmp_path / "t5", "-o", tmp_path / "other")
+    texts_of = ("--calibrate", tmp_path / "texts.txt")
+    for wrong, word in (
+        (("--rank", "-1"), "rank"),
+        (("--eight-bits", "-1"), "eight_bits"),
+        (("--eight-bits", "nan"), "eight_bits"),
+        (("--method", "awq", "--rank", "8"), "rank"),
+    ):
+        code, _, err = cli(*other, *texts_of, *wrong)
+        assert code == 2 and f"`{word}`" in err
+    for useless in (("--rank", 8), ("--method", "awq"), ("--eight-bits", 0), ("--tokenizer", "x"), ("--device", "cpu")):
+        code, _, err = cli(*other, *useless)
+        assert code == 2 and "--calibrate" in err and useless[0] in err
+    code, _, err = cli(*options)
+    assert code == 2 and "exists" in err and "calibrating" not in err  # not found out after the work
+    assert not (tmp_path / "other").exists()
+    for most in ("1000", "1e308", "inf"):
+        code, out, err = cli(*other[:-1], tmp_path / most, *texts_of, "--eight-bits", most)
+        assert code == 0, err
+        forms = NunchakuT5EncoderModel.from_pretrained(tmp_path / most).config.quantization_config.layers.values()
+        assert {form.bits for form in forms} == {8}

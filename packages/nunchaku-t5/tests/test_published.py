@@ -139,6 +139,10 @@ def put(name: str, value: Any) -> Callable[[Tensors, dict[str, str]], None]:
         (change("model_type", "llama"), ["model_type", "llama"]),
         (change("model_type", "umt5"), ["umt5", "t5"]),
         (change("model_type", ["t5"]), ["model_type"]),
+        (change("layer_norm_epsilon", float("nan")), ["layer_norm_epsilon"]),
+        (change("layer_norm_epsilon", -1.0), ["layer_norm_epsilon"]),
+        (change("relative_attention_max_distance", 0), ["relative_attention_max_distance"]),
+        (change("relative_attention_max_distance", 8), ["relative_attention_max_distance", "32"]),
         (change("feed_forward_proj", "gated-nothing", "dense_act_fn"), ["config"]),
         (change("feed_forward_proj", "relu", "is_gated_act"), ["feed_forward_proj"]),
         (lambda _, metadata: metadata.__setitem__("config", "[1]"), ["config", "object"]),
@@ -195,3 +199,15 @@ def test_other_places(file: Path, tiny: SimpleNamespace, tmp_path: Path) -> None
         NunchakuT5EncoderModel.from_pretrained(tmp_path / "16")
     with pytest.raises(CheckpointError, match="no 4-bit layers"):
         NunchakuT5EncoderModel.from_pretrained(tmp_path / "16" / "model.safetensors")
+
+
+def test_a_file_does_not_choose_whose_code_runs(file: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    for name in ("attn_implementation", "_attn_implementation"):
+        change(name, "some/repository")({}, metadata)
+    save_file(load_file(file), tmp_path / "t5.safetensors", metadata=metadata)
+    loaded = NunchakuT5EncoderModel.from_pretrained(tmp_path / "t5.safetensors")
+    assert loaded.config._attn_implementation in ("eager", "sdpa")

@@ -1,5 +1,6 @@
 """T5 and UMT5 encoders as their tensors describe them."""
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ _UNSEEN = {
     "use_cache": False,
     "is_encoder_decoder": False,
 }
+
+_NOT_OF_FILES = ("quantization_config", "attn_implementation", "experts_implementation")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -82,7 +85,8 @@ def make_config(shapes: Shapes, given: Mapping[str, Any] | None, where: str) -> 
     seen = describe(shapes, where)
     gated = seen.pop("is_gated_act")
     entries = dict(_UNSEEN if given is None else given)
-    entries.pop("quantization_config", None)
+    # a file of weights does not choose whose code runs: some implementations are downloaded
+    entries = {name: value for name, value in entries.items() if not name.endswith(_NOT_OF_FILES)}
     if given is None:
         entries.update(seen)
         if not gated:
@@ -105,7 +109,23 @@ def make_config(shapes: Shapes, given: Mapping[str, Any] | None, where: str) -> 
         raise CheckpointError(
             f"{where}: `feed_forward_proj` {shown(config.feed_forward_proj)} does not fit the tensors"
         )
+    _check_numbers(config, where)
     return config
+
+
+def _check_numbers(config: Any, where: str) -> None:
+    """What no tensor shows, and a model fails at, or is silently wrong, when it runs."""
+    if not 0 <= config.layer_norm_epsilon < math.inf:
+        raise CheckpointError(
+            f"{where}: `layer_norm_epsilon` must not be negative, and finite, got {shown(config.layer_norm_epsilon)}"
+        )
+    # half of the buckets are for tokens to the left; half of those for distances of their own, the rest for ranges
+    exact = config.relative_attention_num_buckets // 4
+    if exact == 0 or config.relative_attention_max_distance <= exact:
+        raise CheckpointError(
+            f"{where}: `relative_attention_max_distance` must exceed a quarter of at least 4 buckets, got "
+            f"{shown(config.relative_attention_max_distance)} and {config.relative_attention_num_buckets} buckets"
+        )
 
 
 def skeleton(config: Any, where: str) -> Any:

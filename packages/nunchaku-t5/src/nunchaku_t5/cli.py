@@ -36,6 +36,8 @@ or a .safetensors file in the published layout. Nothing is overwritten but a fil
 
 BAD_INPUT = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 EXIT_BAD_INPUT = 2
+WITH_TEXTS = {"tokenizer": None, "method": "fitted", "rank": 0, "eight_bits": 10, "device": None}
+"""Options that mean nothing without texts -> their defaults."""
 EXIT_INTERRUPTED = 130
 
 
@@ -109,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_quantize(args: argparse.Namespace) -> int:
     """Check, convert with progress on stderr, report."""
+    if args.calibrate is None:
+        unused = [f"--{name.replace('_', '-')}" for name, usual in WITH_TEXTS.items() if getattr(args, name) != usual]
+        if unused:
+            raise ValueError(f"{' and '.join(unused)} need texts: give some with --calibrate")
     import torch
     from tqdm import tqdm
 
@@ -121,11 +127,9 @@ def run_quantize(args: argparse.Namespace) -> int:
         embedding_bits=args.embedding_bits,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
     )
+    conversion = Conversion(quantization, Path(args.output), embeddings_twice=args.embeddings_twice)
     if args.calibrate is not None:
         calibrate(quantization, args)
-    elif args.rank or args.device:
-        raise ValueError("--rank and --device need texts: give some with --calibrate")
-    conversion = Conversion(quantization, Path(args.output), embeddings_twice=args.embeddings_twice)
     started = time.monotonic()
     with tqdm(total=quantization.bytes_before, unit="B", unit_scale=True, desc="quantize") as bar:
         report = conversion.run(lambda _, nbytes: bar.update(nbytes) and None)
@@ -134,7 +138,7 @@ def run_quantize(args: argparse.Namespace) -> int:
         print(json.dumps({**asdict(report), "seconds": round(seconds, 2)}, indent=2))
         return 0
     print(
-        f"{report.output}: {report.layers} layers in 4 bits, {report.bytes_before / 1e9:.3f} -> "
+        f"{report.output}: {report.layers} layers quantised, {report.bytes_before / 1e9:.3f} -> "
         f"{report.bytes_after / 1e9:.3f} GB, {seconds:.1f} s"
     )
     for name, why in report.kept.items():

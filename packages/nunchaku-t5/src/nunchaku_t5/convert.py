@@ -122,12 +122,14 @@ class EncoderQuantization:
         """
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
-        if eight_bits < 0 or not batches:
+        if not eight_bits >= 0 or not batches:
             raise ValueError(
                 f"`eight_bits` must not be negative, `batches` not empty; got {eight_bits}, {len(batches)}"
             )
+        if method == "awq" and rank:
+            raise ValueError(f"`rank` must be 0 with `method` 'awq', got {rank}")
         if method == "awq":
-            rank, eight_bits = 0, 0.0
+            eight_bits = 0.0
         linears = [name for name in self.layers if f"{name}.weight" not in EMBEDDINGS]
         self.layers |= {name: replace(self.layers[name], rank=rank) for name in linears}
         model, batches = self._sixteen_bit_model().to(device), [batch.to(device) for batch in batches]

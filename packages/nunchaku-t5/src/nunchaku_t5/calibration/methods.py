@@ -147,7 +147,7 @@ def choose_eight_bits(
     wide = {name: LayerForm(8, forms[name].group_size, forms[name].rank) for name in names}
     sizes = {name: stored_bytes(model.get_submodule(name), forms[name]) for name in names}
     added = {name: stored_bytes(model.get_submodule(name), wide[name]) - sizes[name] for name in names}
-    budget = int(extra * sum(sizes.values()))
+    budget = int(min(extra * sum(sizes.values()), sum(added.values())))
     if budget < min(added.values(), default=0):
         return dict(forms)
 

@@ -49,7 +49,7 @@ def read_texts(path: Path) -> list[str]:
         CheckpointError: it cannot be read, or holds none.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a mark
             lines = (line.strip() for line in file)
             texts = [text for _, text in zip(range(TEXT_LIMIT), filter(None, lines), strict=False)]
     except (OSError, UnicodeDecodeError) as error:
