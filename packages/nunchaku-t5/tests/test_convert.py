@@ -81,6 +81,26 @@ def test_single_files_as_they_come(which: str, tiny: SimpleNamespace, tmp_path: 
         assert torch.equal(tiny.encode(loaded, INPUTS), tiny.encode(model, INPUTS))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("encoder.embed_tokens.weight", torch.ones(3, 3)),
+        ("encoder.block.1.layer.1.DenseReluDense.wo.scale_weight", torch.ones(3)),
+        ("encoder.block.1.layer.1.DenseReluDense.wo.scale_weight", torch.ones(192)),
+        ("encoder.block.1.layer.1.DenseReluDense.wo.scale_weight", torch.ones(0)),
+        ("encoder.block.1.layer.1.DenseReluDense.wo.scale_weight", torch.ones(1, dtype=torch.int32)),
+    ],
+)
+def test_tensors_that_do_not_fit(name: str, value: torch.Tensor, tiny: SimpleNamespace, tmp_path: Path) -> None:
+    tensors = {key: value.clone() for key, value in tiny.make_encoder().state_dict().items() if "embed" not in key}
+    tensors["encoder.block.1.layer.1.DenseReluDense.wo.scale_weight"] = torch.ones(128, 1)
+    save_file(tensors, tmp_path / "t5.safetensors")
+    EncoderSource(tmp_path / "t5.safetensors")
+    save_file({**tensors, name: value}, tmp_path / "t5.safetensors")
+    with pytest.raises(CheckpointError, match=name):
+        EncoderSource(tmp_path / "t5.safetensors")
+
+
 def test_a_pipeline_folder(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
     tiny.make_encoder().save_pretrained(tmp_path / "pipe" / "text_encoder_2")
     index = {"_class_name": "FluxPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}

@@ -51,6 +51,9 @@ def describe(shapes: Shapes, where: str) -> dict[str, Any]:
     if not blocks or blocks != list(range(len(blocks))):
         raise CheckpointError(f"{where} holds no T5 encoder: no tensors named encoder.block.0..., or gaps between them")
     vocabulary, width = _matrix(shapes, next((name for name in EMBEDDINGS if name in shapes), EMBEDDINGS[0]), where)
+    for name in EMBEDDINGS:
+        if shapes.get(name, (vocabulary, width)) != (vocabulary, width):
+            raise CheckpointError(f"{where}: {name} must be {EMBEDDINGS[0]}, found shape {list(shapes[name])}")
     buckets, heads = _matrix(shapes, _BIAS.format(0), where)
     inner, _ = _matrix(shapes, "encoder.block.0.layer.0.SelfAttention.q.weight", where)
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes

@@ -66,8 +66,15 @@ class EncoderSource:
                 raise CheckpointError(f"{self.where}: {name} must have shape {list(shape)}, found {found}")
             if not self._files.info(self._prefix + stored).dtype.is_floating_point:
                 raise CheckpointError(f"{self.where}: {name} must be of a floating-point dtype")
-        scales = {name.removesuffix(".weight") + _FP8_SCALE for name in expected}
-        unknown = sorted(self._names - expected.keys() - set(EMBEDDINGS) - scales)
+        scales = {name.removesuffix(".weight") + _FP8_SCALE: shape for name, shape in expected.items()}
+        for name in sorted(self._names & scales.keys()):
+            found_shape, dtype = self._files.info(self._prefix + name)
+            if found_shape not in ((), (1,), (scales[name][0], 1)) or not dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{self.where}: {name} must be one floating-point number, or one for each row, found shape "
+                    f"{list(found_shape)} {dtype}"
+                )
+        unknown = sorted(self._names - expected.keys() - set(EMBEDDINGS) - scales.keys())
         unknown = [name for name in unknown if not _BESIDES.fullmatch(name)]
         if unknown:
             raise CheckpointError(f"{self.where}: {len(unknown)} tensors of no use, the first is {shown(unknown[0])}")
