@@ -51,12 +51,14 @@ def test_gelu_in_one_pass_is_the_same_function(kind: str, tiny: SimpleNamespace)
 
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved", [True, False])
 def test_dequantised_in_one_dtype(
-    asked: torch.dtype | None, dtype: torch.dtype, tiny: SimpleNamespace, tmp_path: Path
+    asked: torch.dtype | None, dtype: torch.dtype, saved: bool, tiny: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """Saving leaves the dtype's name in the config, `.to()` what it was before."""
+    """The config of a model that was never loaded has no dtype; saving leaves a name there, `.to()` what it was."""
     model = tiny.make_encoder(dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path)
+    if saved:
+        model.save_pretrained(tmp_path)
     quantize_encoder(model, embedding_bits=8)
     inputs = {"input_ids": torch.arange(9)[None], "attention_mask": torch.ones(1, 9)}
     wanted = tiny.encode(model.to(dtype), inputs)

@@ -58,7 +58,9 @@ class W4A16Quantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # Where no dtype is asked for transformers gives the config's: of the time of loading, and a name after saving.
-        asked = None if dtype is None or _dtype(dtype) == _dtype(model.config.dtype) else _dtype(dtype)
+        asked, usual = _dtype(dtype), _dtype(getattr(model.config, "dtype", None))
+        if asked == usual:
+            asked = None
         for module, homes in places(model).items():
             if isinstance(module, EncoderLinear | Int8Embedding):
                 original = dequantized(module, asked or module.wscales.dtype)
@@ -124,9 +126,8 @@ def same_names(layers: Iterable[str], stored: Iterable[str]) -> bool:
     return any(f"{layer}.qweight" in names for layer in layers)
 
 
-def _dtype(name: torch.dtype | str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
-    return found
+def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    return getattr(torch, name) if isinstance(name, str) else name
 
 
 def dequantized(module: EncoderLinear | Int8Embedding, dtype: torch.dtype) -> nn.Module:
