@@ -4,8 +4,8 @@
 
 Makes FOLDER/16-bit (9.5 GB) and FOLDER/4-bit (2.7 GB) where they are not there, and leaves them. Encoders are loaded in
 processes of their own: on a CPU (of Linux) the peak is that of resident memory, mapped files included; on a GPU it is
-what torch allocated there. With --calibrate the quantisation is that of `nunchaku-t5 quantize --calibrate`, with N texts
-of random words, on the device.
+what torch allocated there. With --calibrate the quantisation is that of `nunchaku-t5 quantize --calibrate` there, with
+N texts of random words.
 """
 
 import argparse
