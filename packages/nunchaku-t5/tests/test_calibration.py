@@ -146,9 +146,9 @@ def test_tokens(tmp_path: Path) -> None:
 
 def test_texts(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
-    file.write_text("one\n\n  two \n", encoding="utf-8")
+    file.write_text("# for calibration\none\n\n  two \r\n", encoding="utf-8")
     assert read_texts(file) == ["one", "two"]
-    for content in (b"", b"\n \n", b"\xff\xfe\xff"):
+    for content in (b"", b"\n \n", b"# one\n", b"\xff\xfe\xff"):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"texts\.txt"):
             read_texts(file)
@@ -164,11 +164,24 @@ def test_command(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
     assert code == 2 and "--tokenizer" in err and not (tmp_path / "out").exists()
     tokenizer().save_pretrained(tmp_path / "t5")
     code, out, err = cli(*options, "--rank", 8, "--eight-bits", 0)
-    assert code == 0 and "14 layers" in out and "2 texts" in err
+    assert code == 0 and "14 layers in 4 bits, 0 in 8" in out and "2 texts" in err
     config = NunchakuT5EncoderModel.from_pretrained(tmp_path / "out").config.quantization_config
     assert {form.rank for form in config.layers.values()} == {8}
-    for wrong in (("--rank", "-1"), ("--eight-bits", "-1")):
+    for wrong in (("--rank", "-1"), ("--eight-bits", "-1"), ("--eight-bits", "101"), ("--eight-bits", "nan")):
         code, _, err = cli(*options, *wrong)
         assert code == 2 and "Traceback" not in err
-    code, _, err = cli("quantize", tmp_path / "t5", "-o", tmp_path / "other", "--rank", 8)
-    assert code == 2 and "--calibrate" in err
+    for option in (("--rank", 8), ("--eight-bits", 5), ("--method", "awq"), ("--tokenizer", "x"), ("--device", "cpu")):
+        code, _, err = cli("quantize", tmp_path / "t5", "-o", tmp_path / "other", *option)
+        assert code == 2 and "--calibrate" in err and option[0] in err and not (tmp_path / "other").exists()
+
+
+def test_a_single_file_has_no_tokenizer(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
+    tiny.make_encoder().save_pretrained(tmp_path / "t5")
+    (tmp_path / "texts.txt").write_text("a quick fox\n")
+    file = tmp_path / "t5" / "model.safetensors"
+    options = ("quantize", file, "-o", tmp_path / "out", "--calibrate", tmp_path / "texts.txt")
+    code, _, err = cli(*options)
+    assert code == 2 and "--tokenizer" in err and "model.safetensors is a single file" in err
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    code, out, _ = cli(*options, "--tokenizer", tmp_path / "tokenizer", "--eight-bits", 100)
+    assert code == 0 and "0 layers in 4 bits, 14 in 8" in out

@@ -86,6 +86,16 @@ def test_what_is_kept_and_why() -> None:
     assert {name for name, m in model.named_modules() if isinstance(m, EncoderLinear)} == set(report.layers)
 
 
+def test_what_cannot_be_quantised(tiny: SimpleNamespace) -> None:
+    with pytest.raises(TypeError, match="Sequential"):
+        quantize_encoder(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+    for model, found in ((tiny.make_encoder(dtype=torch.float64), "float64"), (tiny.make_encoder().to("meta"), "meta")):
+        with pytest.raises(ValueError, match=rf"SelfAttention\.q.*{found}"):
+            quantize_encoder(model)
+    with pytest.raises(ValueError, match=r"wi_0: 32 inputs.*multiples of 64"):
+        quantize_encoder(tiny.make_encoder(d_model=32, d_kv=8, d_ff=32))
+
+
 def test_a_refusal_changes_nothing(tiny: SimpleNamespace) -> None:
     model = clip()
     for arguments, word in (

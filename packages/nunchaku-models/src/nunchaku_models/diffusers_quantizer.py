@@ -1,7 +1,7 @@
 """Quantised folders for diffusers: `quantization_config` with `quant_method: svdquant`.
 
-Importing this module registers the method, as `nunchaku_models` does once diffusers is there; then the stock `from_pretrained` of a pipeline or transformer
-loads such a folder and `save_pretrained` writes one.
+Importing this module registers the method, as `nunchaku_models` does once diffusers is there; then the stock
+`from_pretrained` of a pipeline or transformer loads such a folder and `save_pretrained` writes one.
 """
 
 from enum import StrEnum

@@ -12,6 +12,7 @@ from nunchaku_t5.files import CONFIG_NAME, TensorFiles
 from nunchaku_t5.layers import swap_layers
 from nunchaku_t5.published import read_config, state_dict
 from nunchaku_t5.quantizer import check_shapes
+from nunchaku_t5.sources import encoder_part, pipeline_index
 
 SUFFIXES = (".safetensors", ".sft")
 
@@ -24,8 +25,9 @@ class NunchakuT5EncoderModel:
         """Load a quantised encoder.
 
         Args:
-            path: a published single file; a folder that `save_pretrained` or `nunchaku t5 quantize` wrote, or with a
-                published file in it; a hub id of such a folder, or of a file in one: "org/repo/file.safetensors".
+            path: a published single file; a folder that `save_pretrained` or `nunchaku-t5 quantize` wrote, or with a
+                published file in it; that of a pipeline with such a part; a hub id of such a folder, or of a file in
+                one: "org/repo/file.safetensors".
             kwargs: those of `from_pretrained` of transformers: `dtype` (or `torch_dtype`), `device_map`,
                 `attn_implementation`, `revision`, `token`, `cache_dir`, `subfolder`, ...; and `device`, short for
                 `device_map`.
@@ -43,6 +45,9 @@ class NunchakuT5EncoderModel:
         source = Path(path).expanduser()
         if not source.exists():
             source = _downloaded(os.fspath(path), kwargs)
+        index = pipeline_index(source) if source.is_dir() and not kwargs.get("subfolder") else None
+        if index is not None:
+            kwargs["subfolder"] = encoder_part(index)
         folder = source / kwargs.get("subfolder", "") if source.is_dir() else None
         if folder is None or not (folder / CONFIG_NAME).is_file():
             kwargs.pop("subfolder", None)
@@ -51,7 +56,7 @@ class NunchakuT5EncoderModel:
         if config.model_type not in MODELS:
             raise CheckpointError(f"{folder} holds a {shown(config.model_type)}, not a T5 or UMT5")
         if getattr(config, "quantization_config", None) is None:
-            raise CheckpointError(f"{folder} is not quantised; run `nunchaku t5 quantize {folder} -o OUT`")
+            raise CheckpointError(f"{folder} is not quantised; run `nunchaku-t5 quantize {folder} -o OUT`")
         return MODELS[config.model_type][1].from_pretrained(source, use_safetensors=True, **kwargs)
 
 
