@@ -1,6 +1,6 @@
 """The method `nunchaku_w4a16` of transformers: stock `from_pretrained` loads, `save_pretrained` writes.
 
-Importing `nunchaku_t5` registers it.
+Importing this module registers it; importing `nunchaku_t5` makes that happen as soon as transformers can quantise.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -179,3 +179,7 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(W4A16Config)
         register_quantizer(QUANT_METHOD)(W4A16Quantizer)
+
+
+# Here and not in the package: this module may be what imports `transformers.quantizers`, and is not yet whole then.
+register()
