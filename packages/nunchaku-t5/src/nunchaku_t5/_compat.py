@@ -11,7 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from nunchaku_t5.errors import CheckpointError
 
-BEFORE_5 = int(transformers.__version__.partition(".")[0]) < 5
+VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+BEFORE_5 = VERSION < (5, 0)
+DISK_HOLDS_INTEGERS = VERSION >= (5, 13)
+"""Whether tensors that stay on the disk are read in their own dtypes; before, integers in that of the model."""
 
 
 def tied_weights(model: Any) -> Mapping[str, str]:
@@ -23,8 +26,9 @@ def tied_weights(model: Any) -> Mapping[str, str]:
         table: Mapping[str, str] = model.all_tied_weights_keys
         return table
     first: dict[int, str] = {}
-    names = [(name, first.setdefault(id(value), name)) for name, value in model.named_parameters(remove_duplicate=False)]
-    return {name: source for name, source in names if name != source}
+    values = model.named_parameters(remove_duplicate=False)
+    sources = {name: first.setdefault(id(value), name) for name, value in values}
+    return {name: source for name, source in sources.items() if name != source}
 
 
 def add_ties(model: Any, added: Mapping[str, str]) -> None:
@@ -53,13 +57,14 @@ def note_dtype(model: Any) -> None:
 
 
 def narrow_dtype_plan(model: Any) -> None:
-    """5.0 loads into float32 what `_keep_in_fp32_modules` names, whatever the dtype; the others only in float16."""
+    """5.0 loads what `_keep_in_fp32_modules` names as float32 whatever the model's dtype; the others, where that is
+    float16: make 5.0 do so."""
     if hasattr(model, "dtype_plan") and model.dtype != torch.float16:
         model.dtype_plan = dict.fromkeys(model._keep_in_fp32_modules_strict or (), torch.float32)
 
 
 def restore_integers(module: nn.Module, integers: Mapping[str, torch.dtype]) -> None:
-    """Early versions of 5 cast those modules' integers, too: to float32, which holds 16 bits exactly."""
+    """Undo what 5 before 5.21 does to integers in modules that it keeps in float32: it casts them, which is exact."""
     for name, dtype in integers.items():
         value = module.get_parameter(name)
         if value.dtype != dtype and not value.is_meta:

@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from nunchaku_t5._compat import (
     BEFORE_5,
+    DISK_HOLDS_INTEGERS,
     check_arriving,
     narrow_dtype_plan,
     note_dtype,
@@ -33,6 +34,17 @@ class W4A16Quantizer(HfQuantizer):
     """Swaps modules before transformers loads the tensors."""
 
     _checks: Sequence[RemovableHandle] = ()
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Called with the devices asked for, and again where transformers chose them.
+
+        Raises:
+            NotImplementedError: parts are to stay on the disk, and this transformers would read integers as floats.
+        """
+        if isinstance(device_map, Mapping) and "disk" in device_map.values() and not DISK_HOLDS_INTEGERS:
+            raise NotImplementedError(
+                "`device_map`: quantised encoders stay on the disk with transformers 5.13 or later"
+            )
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -60,7 +72,8 @@ class W4A16Quantizer(HfQuantizer):
             raise CheckpointError(
                 f"{_where(model)} lacks the tensor {shown(missing_keys[0])}; it is not whole, get it again"
             )
-        # It also makes up, before it loads it, what is in a module with a buffer that no file has; integers it cannot
+        # Of a module with a buffer that no file has (CLIP's position ids) it makes up all before it loads it, which it
+        # cannot for integers
         for module, homes in places(model).items():
             if isinstance(module, Int8Embedding):
                 for home, _ in homes:
@@ -72,7 +85,7 @@ class W4A16Quantizer(HfQuantizer):
             check.remove()
         self._checks = ()
         # transformers 5 marks what it loaded, and makes up what is missing
-        marks = any(getattr(value, "_is_hf_initialized", False) for value in model.parameters())
+        marks = not BEFORE_5 and any(getattr(value, "_is_hf_initialized", False) for value in model.parameters())
         for name in self.quantization_config.layers:
             module = model.get_submodule(name)
             for key, value in module.named_parameters():
