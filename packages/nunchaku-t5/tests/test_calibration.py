@@ -10,6 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 from transformers import T5TokenizerFast
 
 from nunchaku_t5 import CheckpointError, LayerForm, NunchakuT5EncoderModel
@@ -22,8 +26,11 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def tokenizer() -> Any:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
-    return T5TokenizerFast(vocab=pieces + [(letter, -2.0) for letter in LETTERS], extra_ids=0)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    rules = Tokenizer(Unigram(pieces, unk_id=2))
+    rules.pre_tokenizer = Metaspace()
+    rules.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=rules, extra_ids=0)
 
 
 def batches(vocabulary: int, seed: int, count: int = 4) -> list[Batch]:

@@ -84,7 +84,7 @@ def find_tokenizer(source: str | os.PathLike[str], tokenizer: str | os.PathLike[
         raise CheckpointError(f"{source} is a single file, without a tokenizer; name one with --tokenizer")
     try:
         return AutoTokenizer.from_pretrained(os.fspath(folder), subfolder=part)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{folder} has no tokenizer that can be read; name one with --tokenizer: {error}"
         ) from error
