@@ -113,8 +113,9 @@ def test_generate(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[st
     plain, four = generate("plain.png"), generate("four.png", "--t5", "4bit")
     assert plain != four
     assert generate("folder.png", "--t5", folder / "text_encoder_2") == four
+    assert generate("pipeline.png", "--t5", folder) == four  # its T5 is taken
     assert generate("base.png", "--model", demo.TRANSFORMER_INT4, "--base", folder) == four
-    for wrong in (folder, tmp_path / "nothing.safetensors", demo.PIPELINE / "text_encoder_2"):
+    for wrong in (demo.PIPELINE, tmp_path / "nothing.safetensors", demo.PIPELINE / "text_encoder_2"):
         code = main(["generate", PROMPTS[0], "-o", str(tmp_path / "no.png"), "--t5", str(wrong)])
         assert code == 2 and "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "no.png").exists()

@@ -70,6 +70,14 @@ def test_fresh_process(int4_file: Path) -> None:
     assert done.stdout.strip() == "fine", done.stderr
 
 
+def test_module_that_registers_imported_first() -> None:
+    """It imports diffusers itself, and is itself what registers: neither may wait for the other."""
+    script = "from nunchaku_models.diffusers_quantizer import SVDQuantQuantizer as ours, auto\n"
+    script += "print(auto.AUTO_QUANTIZER_MAPPING['svdquant'] is ours)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_public_names() -> None:
     for name in nunchaku_models.__all__:
         assert getattr(nunchaku_models, name) is not None

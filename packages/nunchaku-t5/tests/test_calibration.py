@@ -10,6 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 from transformers import T5TokenizerFast
 
 from nunchaku_t5 import CheckpointError, LayerForm, NunchakuT5EncoderModel
@@ -22,8 +26,11 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def tokenizer() -> Any:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
-    return T5TokenizerFast(vocab=pieces + [(letter, -2.0) for letter in LETTERS], extra_ids=0)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    rules = Tokenizer(Unigram(pieces, unk_id=2))
+    rules.pre_tokenizer = Metaspace()
+    rules.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=rules, extra_ids=0)
 
 
 def batches(vocabulary: int, seed: int, count: int = 4) -> list[Batch]:
@@ -146,10 +153,10 @@ def test_tokens(tmp_path: Path) -> None:
 
 def test_texts(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
-    for content in (b"one\n\n  two \n", b"\xef\xbb\xbfone\r\n\r\ntwo\r\n"):
+    for content in (b"# for calibration\none\n\n  two \n", b"\xef\xbb\xbfone\r\n\r\ntwo\r\n"):
         file.write_bytes(content)
         assert read_texts(file) == ["one", "two"]
-    for content in (b"", b"\n \n", b"\xff\xfe\xff"):
+    for content in (b"", b"\n \n", b"# one\n", b"\xff\xfe\xff"):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"texts\.txt"):
             read_texts(file)
@@ -165,7 +172,7 @@ def test_command(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
     assert code == 2 and "--tokenizer" in err and not (tmp_path / "out").exists()
     tokenizer().save_pretrained(tmp_path / "t5")
     code, out, err = cli(*options, "--rank", 8, "--eight-bits", 0)
-    assert code == 0 and "14 layers" in out and "2 texts" in err
+    assert code == 0 and "14 layers in 4 bits, 0 in 8" in out and "2 texts" in err
     config = NunchakuT5EncoderModel.from_pretrained(tmp_path / "out").config.quantization_config
     assert {form.rank for form in config.layers.values()} == {8}
     other = ("quantize", tmp_path / "t5", "-o", tmp_path / "other")
@@ -174,6 +181,7 @@ def test_command(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
         (("--rank", "-1"), "rank"),
         (("--eight-bits", "-1"), "eight_bits"),
         (("--eight-bits", "nan"), "eight_bits"),
+        (("--eight-bits", "101"), "eight_bits"),
         (("--method", "awq", "--rank", "8"), "rank"),
     ):
         code, _, err = cli(*other, *texts_of, *wrong)
@@ -184,8 +192,15 @@ def test_command(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
     code, _, err = cli(*options)
     assert code == 2 and "exists" in err and "calibrating" not in err  # not found out after the work
     assert not (tmp_path / "other").exists()
-    for most in ("1000", "1e308", "inf"):
-        code, out, err = cli(*other[:-1], tmp_path / most, *texts_of, "--eight-bits", most)
-        assert code == 0, err
-        forms = NunchakuT5EncoderModel.from_pretrained(tmp_path / most).config.quantization_config.layers.values()
-        assert {form.bits for form in forms} == {8}
+
+
+def test_a_single_file_has_no_tokenizer(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> None:
+    tiny.make_encoder().save_pretrained(tmp_path / "t5")
+    (tmp_path / "texts.txt").write_text("a quick fox\n")
+    file = tmp_path / "t5" / "model.safetensors"
+    options = ("quantize", file, "-o", tmp_path / "out", "--calibrate", tmp_path / "texts.txt")
+    code, _, err = cli(*options)
+    assert code == 2 and "--tokenizer" in err and "model.safetensors is a single file" in err
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    code, out, _ = cli(*options, "--tokenizer", tmp_path / "tokenizer", "--eight-bits", 100)
+    assert code == 0 and "0 layers in 4 bits, 14 in 8" in out

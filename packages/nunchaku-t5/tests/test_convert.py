@@ -41,7 +41,7 @@ def test_as_in_memory(tiny: SimpleNamespace, data: st.DataObject, tmp_path_facto
     loaded = NunchakuT5EncoderModel.from_pretrained(output, dtype=half)
     assert type(loaded) is type(model)
     assert loaded.config.quantization_config.layers == model.config.quantization_config.layers
-    assert report.layers == len(wanted.layers) and report.kept == wanted.kept
+    assert report.four_bits + report.eight_bits == len(wanted.layers) and report.kept == wanted.kept
     assert report.bytes_after == sum(p.nbytes for p in loaded.parameters()) or half == torch.float16
     if dtype != torch.float32:  # from float32 codes are those of the unrounded weights
         states = tiny.encode(loaded, INPUTS)
@@ -107,11 +107,19 @@ def test_a_pipeline_folder(tiny: SimpleNamespace, tmp_path: Path, cli: Any) -> N
     index["text_encoder_2"] = ["transformers", "T5EncoderModel"]
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
     code, out, err = cli("quantize", tmp_path / "pipe", "-o", tmp_path / "out.safetensors", "--json")
-    assert code == 0 and json.loads(out)["layers"] == 14 and "100%" in err
+    assert code == 0 and json.loads(out)["four_bits"] == 14 and "100%" in err
     first = (tmp_path / "out.safetensors").read_bytes()
     code, out, _ = cli("quantize", tmp_path / "pipe" / "text_encoder_2", "-o", tmp_path / "out.safetensors")
     assert code == 0 and "14 layers" in out
     assert (tmp_path / "out.safetensors").read_bytes() == first  # deterministic
+    cli("quantize", tmp_path / "pipe", "-o", tmp_path / "pipe" / "four")
+    (tmp_path / "pipe" / "text_encoder_2").rename(tmp_path / "original")
+    (tmp_path / "pipe" / "four").rename(tmp_path / "pipe" / "text_encoder_2")
+    loaded = NunchakuT5EncoderModel.from_pretrained(tmp_path / "pipe")
+    assert torch.equal(
+        tiny.encode(loaded, INPUTS),
+        tiny.encode(NunchakuT5EncoderModel.from_pretrained(tmp_path / "out.safetensors"), INPUTS),
+    )
     code, _, err = cli("quantize", tmp_path / "out.safetensors", "-o", tmp_path / "again.safetensors")
     assert code == 2 and "quantised already" in err
     index["text_encoder_3"] = ["transformers", "UMT5EncoderModel"]
@@ -191,6 +199,8 @@ def test_threads_of_torch_are_as_before(tiny: SimpleNamespace, tmp_path: Path) -
     [
         (("nowhere", "-o", "out"), "hub"),
         (("t5", "-o", "full"), "exists"),
+        (("t5", "-o", "out.gguf"), "ends in .safetensors"),
+        (("other", "-o", "out"), "quantize_encoder"),
         (("t5", "-o", "no/such/out"), "does not exist"),
         (("t5", "-o", "no/such/out.safetensors"), "does not exist"),
         (("empty", "-o", "out"), "no .safetensors"),
@@ -211,6 +221,8 @@ def test_wrong_arguments(
     for name in ("t5", "bad", "full", "lying", "strange", "outside"):
         tiny.make_encoder().save_pretrained(tmp_path / name)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    save_file({"text_model.final_layer_norm.weight": torch.ones(8)}, "other/model.safetensors")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"\x80\x04")
     tensors = load_file("t5/model.safetensors")

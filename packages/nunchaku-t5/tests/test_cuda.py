@@ -36,7 +36,7 @@ def test_gives_what_the_cpu_gives(tiny: SimpleNamespace, data: st.DataObject) ->
     model = data.draw(tiny.encoders(dtype=dtype))
     inputs = data.draw(tiny.texts(model.config.vocab_size))
     quantize_encoder(model, embedding_bits=data.draw(st.sampled_from([8, 16])))
-    wanted = tiny.encode(copy.deepcopy(model).float(), inputs)
+    wanted = tiny.encode(copy.deepcopy(model).to(torch.float32), inputs)
     assert tiny.relative_error(encode_there(tiny, model.to(GPU), inputs), wanted) < ROUNDING[dtype]
 
 
@@ -64,7 +64,7 @@ def test_long_texts_in_float16(tiny: SimpleNamespace) -> None:
     largest: list[float] = []
     part = model.encoder.block[0].layer[1].DenseReluDense
     part.dropout.register_forward_hook(lambda _, x, y: largest.append(float(y.abs().max())))
-    given = encode_there(tiny, model.half().to(GPU), inputs)
+    given = encode_there(tiny, model.to(torch.float16).to(GPU), inputs)
     assert max(largest) > 65504
     assert given.isfinite().all() and tiny.relative_error(given, wanted) < 0.02
 

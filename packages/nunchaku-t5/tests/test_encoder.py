@@ -16,6 +16,7 @@ from transformers.activations import NewGELUActivation
 
 import nunchaku_t5
 from nunchaku_t5 import EncoderLinear, Int8Embedding, NunchakuT5EncoderModel, quantize_encoder
+from nunchaku_t5._compat import DISK_HOLDS_INTEGERS
 
 BF16_NOISE = 0.03
 """Two orders of summation of the same bf16 model of a few blocks."""
@@ -157,6 +158,27 @@ def test_is_what_transformers_makes_of_it(kind: str, tiny: SimpleNamespace, tmp_
     assert tiny.relative_error(tiny.encode(loaded.to(torch.float32), inputs), wanted) < BF16_NOISE
     assert loaded.dtype == torch.float32
     assert loaded.get_memory_footprint() < 0.75 * 2 * sum(p.numel() for p in tiny.make_encoder(kind).parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # of the second name of the embeddings
+def test_blocks_on_the_disk(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    model = tiny.make_encoder()
+    quantize_encoder(model, embedding_bits=8)
+    model.save_pretrained(tmp_path)
+    outside = ("shared", "encoder.embed_tokens", "encoder.final_layer_norm", "encoder.dropout")
+    devices = {**dict.fromkeys(outside, "cpu"), "encoder.block": "disk"}
+
+    def load() -> Any:
+        return T5EncoderModel.from_pretrained(
+            tmp_path, dtype=torch.bfloat16, device_map=devices, offload_folder=tmp_path / "offloaded"
+        )
+
+    if not DISK_HOLDS_INTEGERS:
+        with pytest.raises(NotImplementedError, match=r"transformers 5\.13"):
+            load()
+        return
+    inputs = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6)}
+    assert torch.equal(tiny.encode(load(), inputs), tiny.encode(model, inputs))
 
 
 def test_importing_twice_registers_once() -> None:

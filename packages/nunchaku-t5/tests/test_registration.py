@@ -20,6 +20,11 @@ THEIRS_FIRST = """
 from transformers import T5EncoderModel
 import nunchaku_t5
 """
+QUANTIZER_FIRST = """
+from nunchaku_t5 import quantize_encoder
+from transformers import T5EncoderModel
+import nunchaku_t5
+"""
 CHECK = """
 from transformers.quantizers import auto
 assert auto.AUTO_QUANTIZER_MAPPING["nunchaku_w4a16"].__module__ == "nunchaku_t5.quantizer"
@@ -28,7 +33,10 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("script", [OURS_FIRST, THEIRS_FIRST], ids=["ours first", "theirs first"])
+SCRIPTS = {"ours first": OURS_FIRST, "theirs first": THEIRS_FIRST, "our quantizer first": QUANTIZER_FIRST}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_fresh_process(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script + CHECK], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "fine", done.stderr

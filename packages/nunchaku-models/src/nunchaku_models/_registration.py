@@ -1,5 +1,7 @@
 """Registering the quantisation method with diffusers, now or when diffusers is imported."""
 
+import importlib
+
 from nunchaku_kernels.after_import import after_import
 
 _TARGET = "diffusers.quantizers.auto"
@@ -12,6 +14,4 @@ def register_with_diffusers() -> None:
 
 
 def _register() -> None:
-    from nunchaku_models.diffusers_quantizer import register
-
-    register()
+    importlib.import_module("nunchaku_models.diffusers_quantizer")  # registers, unless it is just being imported

@@ -1,7 +1,7 @@
 """Quantised folders for diffusers: `quantization_config` with `quant_method: svdquant`.
 
-Importing `nunchaku_models` registers the method, after which the stock `from_pretrained` of a pipeline or transformer
-loads such a folder and `save_pretrained` writes one.
+Importing this module registers the method, as `nunchaku_models` does once diffusers is there; then the stock
+`from_pretrained` of a pipeline or transformer loads such a folder and `save_pretrained` writes one.
 """
 
 from enum import StrEnum
@@ -154,7 +154,6 @@ def mark_quantized(model: Any, config: SVDQuantConfig) -> None:
     model.register_to_config(quantization_config=config)
 
 
-def register() -> None:
-    """Add the method to diffusers' two dictionaries; it has no function for that. Idempotent."""
-    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SVDQuantQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SVDQuantConfig
+# diffusers has no function for that
+auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SVDQuantQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SVDQuantConfig

@@ -60,7 +60,7 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
-    importlib.import_module("nunchaku_t5.quantizer").register()
+    importlib.import_module("nunchaku_t5.quantizer")
 
 
 # the package, not its module `auto`: what registers is imported from it

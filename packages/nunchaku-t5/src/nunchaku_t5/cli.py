@@ -34,10 +34,11 @@ SOURCE is a folder or hub id of an encoder, of a whole T5, or of a pipeline of d
 or a .safetensors file in the published layout. Nothing is overwritten but a file of that name.
 """
 
+NEED_TEXTS = ("tokenizer", "method", "rank", "eight_bits", "device")
+"""Options of `quantize` that say how to calibrate."""
+
 BAD_INPUT = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 EXIT_BAD_INPUT = 2
-WITH_TEXTS = {"tokenizer": None, "method": "fitted", "rank": 0, "eight_bits": 10, "device": None}
-"""Options that mean nothing without texts -> their defaults."""
 EXIT_INTERRUPTED = 130
 
 
@@ -76,12 +77,10 @@ def add_commands(parser: argparse.ArgumentParser, program: str = "nunchaku-t5") 
     )
     quantize.add_argument("--calibrate", metavar="TEXTS", help="fit to texts like these, one per line; slow, better")
     quantize.add_argument("--tokenizer", metavar="FOLDER", help="folder or hub id (default: the one beside SOURCE)")
+    quantize.add_argument("--method", choices=("fitted", "awq"), help="with texts: ours, or as published (fitted)")
+    quantize.add_argument("--rank", type=int, help="with texts: width of a low-rank branch per linear (0)")
     quantize.add_argument(
-        "--method", choices=("fitted", "awq"), default="fitted", help="with texts: ours, or as published (fitted)"
-    )
-    quantize.add_argument("--rank", type=int, default=0, help="with texts: width of a low-rank branch per linear (0)")
-    quantize.add_argument(
-        "--eight-bits", type=float, default=10, metavar="PERCENT",
+        "--eight-bits", type=float, metavar="PERCENT",
         help="with texts: how much the linears may grow by storing some of them in 8 bits (10)",
     )  # fmt: skip
     quantize.add_argument("--device", help="with texts: torch device to fit on (cuda if there is one)")
@@ -112,9 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_quantize(args: argparse.Namespace) -> int:
     """Check, convert with progress on stderr, report."""
     if args.calibrate is None:
-        unused = [f"--{name.replace('_', '-')}" for name, usual in WITH_TEXTS.items() if getattr(args, name) != usual]
-        if unused:
-            raise ValueError(f"{' and '.join(unused)} need texts: give some with --calibrate")
+        useless = [name for name in NEED_TEXTS if getattr(args, name) is not None]
+        if useless:
+            said = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+            raise ValueError(f"{said}: only with texts; give some with --calibrate")
     import torch
     from tqdm import tqdm
 
@@ -138,8 +138,8 @@ def run_quantize(args: argparse.Namespace) -> int:
         print(json.dumps({**asdict(report), "seconds": round(seconds, 2)}, indent=2))
         return 0
     print(
-        f"{report.output}: {report.layers} layers quantised, {report.bytes_before / 1e9:.3f} -> "
-        f"{report.bytes_after / 1e9:.3f} GB, {seconds:.1f} s"
+        f"{report.output}: {report.four_bits} layers in 4 bits, {report.eight_bits} in 8; "
+        f"{report.bytes_before / 1e6:.1f} -> {report.bytes_after / 1e6:.1f} MB, {seconds:.1f} s"
     )
     for name, why in report.kept.items():
         print(f"  kept {name} in 16 bits: {why}")
@@ -157,6 +157,8 @@ def calibrate(quantization: Any, args: argparse.Namespace) -> None:
     tokenizer = find_tokenizer(args.source, args.tokenizer)
     batches = tokenized(tokenizer, texts, quantization.source.config.vocab_size)
     print(f"calibrating on {len(texts)} texts", file=sys.stderr)
+    share = None if args.eight_bits is None else args.eight_bits / 100
+    options = {"method": args.method, "rank": args.rank, "eight_bits": share}
     with tqdm(desc="choose what gets 8 bits", unit="batch", delay=1) as bar:
 
         def on_batch(done: int, of: int) -> None:
@@ -165,9 +167,7 @@ def calibrate(quantization: Any, args: argparse.Namespace) -> None:
 
         quantization.calibrate(
             batches,
-            method=args.method,
-            rank=args.rank,
-            eight_bits=args.eight_bits / 100,
+            **{name: value for name, value in options.items() if value is not None},
             device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             on_batch=on_batch,
         )

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +31,9 @@ from nunchaku_t5.layers import stored_tensors
 from nunchaku_t5.published import metadata, to_published_name
 from nunchaku_t5.quantize import HALF_DTYPES, plan, quantize_module
 from nunchaku_t5.sources import EncoderSource, as_entries
+
+OTHER_FILES = (".bin", ".ckpt", ".gguf", ".pt", ".pth", ".sft")
+"""Endings of files that nobody wants to be the name of a folder."""
 
 Tensors = dict[str, torch.Tensor]
 Progress = Callable[[str, int], None]
@@ -122,10 +125,8 @@ class EncoderQuantization:
         """
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
-        if not eight_bits >= 0 or not batches:
-            raise ValueError(
-                f"`eight_bits` must not be negative, `batches` not empty; got {eight_bits}, {len(batches)}"
-            )
+        if not 0 <= eight_bits <= 1 or not batches:
+            raise ValueError(f"`eight_bits` must be 0 to 1, `batches` not empty; got {eight_bits}, {len(batches)}")
         if method == "awq" and rank:
             raise ValueError(f"`rank` must be 0 with `method` 'awq', got {rank}")
         if method == "awq":
@@ -261,14 +262,15 @@ class ConversionReport:
 
     Attributes:
         output: the file or folder.
-        layers: number of quantised modules.
+        four_bits, eight_bits: number of modules stored in so many bits.
         kept: module path of a linear left in 16 bits -> why.
         bytes_before: of the encoder's tensors in 16 bits, embeddings once.
         bytes_after: of the tensors written.
     """
 
     output: str
-    layers: int
+    four_bits: int
+    eight_bits: int
     kept: dict[str, str]
     bytes_before: int
     bytes_after: int
@@ -290,6 +292,8 @@ class Conversion:
     def __init__(self, quantization: EncoderQuantization, output: Path, *, embeddings_twice: bool = False) -> None:
         self.quantization, self.output = quantization, output
         self.is_file = output.suffix == ".safetensors"
+        if output.suffix in OTHER_FILES:
+            raise ValueError(f"{output}: give a folder, or a file name that ends in .safetensors")
         if embeddings_twice and (not self.is_file or EMBEDDINGS[0].removesuffix(".weight") in quantization.layers):
             raise ValueError("embeddings are only written twice into a single file, and in 16 bits")
         self._twice = embeddings_twice
@@ -316,9 +320,8 @@ class Conversion:
                 (folder / CONFIG_NAME).write_text(json.dumps(self._config_file(), indent=2) + "\n")
         quantization = self.quantization
         after = sum(info.nbytes for info in self._written().values())
-        return ConversionReport(
-            str(self.output), len(quantization.layers), quantization.kept, quantization.bytes_before, after
-        )
+        bits = Counter(form.bits for form in quantization.layers.values())
+        return ConversionReport(str(self.output), bits[4], bits[8], quantization.kept, quantization.bytes_before, after)
 
     def _write(self, file: Path, on_module: Progress | None, threads: int | None) -> None:
         quantization = self.quantization

@@ -11,6 +11,7 @@ from nunchaku_t5.files import CONFIG_NAME, TensorFiles, TensorInfo, read_json
 from nunchaku_t5.layers import swap_layers
 from nunchaku_t5.published import original_shapes, read_config, state_dict
 from nunchaku_t5.quantizer import check_tensors
+from nunchaku_t5.sources import encoder_part, pipeline_index
 
 SUFFIXES = (".safetensors", ".sft")
 
@@ -23,8 +24,9 @@ class NunchakuT5EncoderModel:
         """Load a quantised encoder.
 
         Args:
-            path: a published single file; a folder that `save_pretrained` or `nunchaku t5 quantize` wrote, or with a
-                published file in it; a hub id of such a folder, or of a file in one: "org/repo/file.safetensors".
+            path: a published single file; a folder that `save_pretrained` or `nunchaku-t5 quantize` wrote, or with a
+                published file in it; that of a pipeline with such a part; a hub id of such a folder, or of a file in
+                one: "org/repo/file.safetensors".
             kwargs: those of `from_pretrained` of transformers: `dtype` (or `torch_dtype`), `device_map`,
                 `attn_implementation`, `revision`, `token`, `cache_dir`, `subfolder`, ...; and `device`, short for
                 `device_map`.
@@ -42,6 +44,9 @@ class NunchakuT5EncoderModel:
         source = Path(path).expanduser()
         if not source.exists():
             source = _downloaded(os.fspath(path), kwargs)
+        index = pipeline_index(source) if source.is_dir() and not kwargs.get("subfolder") else None
+        if index is not None:
+            kwargs["subfolder"] = encoder_part(index)
         folder = source / kwargs.get("subfolder", "") if source.is_dir() else None
         if folder is None or not (folder / CONFIG_NAME).is_file():
             kwargs.pop("subfolder", None)
@@ -58,7 +63,7 @@ def _folder_config(folder: Path) -> Any:
     if kind not in tuple(MODELS):
         raise CheckpointError(f"{where} holds a {shown(kind)}, not a T5 or UMT5")
     if said is None:
-        raise CheckpointError(f"{where} is not quantised; run `nunchaku t5 quantize {where} -o OUT`")
+        raise CheckpointError(f"{where} is not quantised; run `nunchaku-t5 quantize {where} -o OUT`")
     layers = parse_quantization(said, f"{where}: `quantization_config`").layers
     files = TensorFiles.of(folder)
     return make_config(original_shapes({name: files.info(name) for name in files}, layers), entries, where)

@@ -1,7 +1,7 @@
 """The modules of a quantised encoder, and how they get into a model."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from transformers.activations import NewGELUActivation
 
 from nunchaku_kernels.formats import padded_groups
 from nunchaku_kernels.nn import QuantizedLinear, W4A16Linear
+from nunchaku_t5._compat import add_ties, drop_ties, tied_weights
 from nunchaku_t5.config import LayerForm
 from nunchaku_t5.errors import shown
 
@@ -21,6 +22,9 @@ class EncoderLinear(W4A16Linear):
         wide: with float16 inputs, compute and return float32. For a feed-forward part whose activations exceed what
             float16 can hold; `weight` then has dtype float32, to which T5 casts the input of `wo`.
     """
+
+    integers: ClassVar = {"qweight": torch.int16}
+    """Tensors that no cast may touch."""
 
     def __init__(
         self, in_features: int, out_features: int, *, group_size: int, wide: bool = False, **kwargs: Any
@@ -55,6 +59,9 @@ class Int8Embedding(nn.Module):
     Registered tensors: `weight` (num_embeddings, embedding_dim) int8, `wscales` (num_embeddings) T. The first name is
     that of the original, so that transformers ties it to other modules as it would tie the original.
     """
+
+    integers: ClassVar = {"weight": torch.int8}
+    """Tensors that no cast may touch."""
 
     def __init__(
         self,
@@ -180,36 +187,20 @@ def places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 
 def _tie_scales(model: Any, embeddings: Iterable[str]) -> None:
     """Put an int8 embedding into the places that transformers ties to it, and tie its scales as it ties `weight`."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied is None:  # before transformers 5 the modules themselves are shared, and other names just listed
-        embedded = {model.get_submodule(name): name for name in embeddings}
-        names = [
-            f"{path}.wscales"
-            for path, module in model.named_modules(remove_duplicate=False)
-            if module in embedded and path != embedded[module]
-        ]
-        model._tied_weights_keys = [*(model._tied_weights_keys or ()), *names]
-        return
-    added = {}
+    tied, added = tied_weights(model), {}
     for name in embeddings:
         for other in (other.removesuffix(".weight") for other, source in tied.items() if source == f"{name}.weight"):
-            if isinstance(model.get_submodule(other), nn.Embedding):
+            if isinstance(model.get_submodule(other), nn.Embedding | Int8Embedding):
                 parent, _, child = other.rpartition(".")
                 setattr(model.get_submodule(parent), child, model.get_submodule(name))
                 added[f"{other}.wscales"] = f"{name}.wscales"
     if added:
-        model._tied_weights_keys = {**model._tied_weights_keys, **added}
-        model.all_tied_weights_keys = {**tied, **added}
+        add_ties(model, added)
 
 
 def untie_scales(model: Any) -> None:
     """Take back what `swap_layers` said about the scales of int8 embeddings: the model has none any more."""
-    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
-        tied = getattr(model, attribute, None)
-        if isinstance(tied, Mapping):
-            setattr(model, attribute, {k: v for k, v in tied.items() if not k.endswith(".wscales")})
-        elif tied:
-            setattr(model, attribute, [name for name in tied if not name.endswith(".wscales")])
+    drop_ties(model, ".wscales")
 
 
 def wide_parents(model: Any) -> Iterator[str]:
@@ -222,14 +213,8 @@ def wide_parents(model: Any) -> Iterator[str]:
 
 def tied_names(model: Any) -> dict[str, set[str]]:
     """Path of a module -> those of other modules that share its `weight`; of modules that share it."""
-    tied = getattr(model, "all_tied_weights_keys", None)
     names: dict[str, set[str]] = {}
-    if tied is None:  # before transformers 5: by identity
-        owners: dict[int, set[str]] = {}
-        for name, value in model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(value), set()).add(name.removesuffix(".weight"))
-        return {name: shared - {name} for shared in owners.values() if len(shared) > 1 for name in shared}
-    for target, source in tied.items():
+    for target, source in tied_weights(model).items():
         one, other = target.removesuffix(".weight"), source.removesuffix(".weight")
         names.setdefault(one, set()).add(other)
         names.setdefault(other, set()).add(one)

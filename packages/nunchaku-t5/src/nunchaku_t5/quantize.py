@@ -176,8 +176,9 @@ def quantize_encoder(
         What was quantised and what was kept.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, the model is quantised already, nothing in it can be, or a
-            weight is not finite, of another dtype or not in memory (the message names it). The model is unchanged then.
+        ValueError: an argument does not fit, the model is quantised already, nothing in it can be, or a weight is not
+            finite, on the meta device or of another dtype (the message names it). The model is unchanged then.
+        TypeError: no model of transformers.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a model of transformers, got {type(model).__name__}")
@@ -185,16 +186,16 @@ def quantize_encoder(
         raise ValueError(f"{type(model).__name__} is quantised already")
     layers, kept = plan(model, group_size=group_size, embedding_bits=embedding_bits, skip=skip)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear that could be quantised: {kept or 'it has none'}")
+        why = "; ".join(f"{name}: {reason}" for name, reason in kept.items()) or "it has none"
+        raise ValueError(f"{type(model).__name__} has no linear that could be quantised: {why}")
     before = _nbytes(model)
     # All tensors before the first swap: a weight that cannot be quantised leaves the model as it was.
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, form in layers.items():
         module = model.get_submodule(name)
-        if module.weight.is_meta:
-            raise ValueError(f"{name}: `weight` must be in memory, got a tensor on the meta device")
-        if module.weight.dtype not in (*HALF_DTYPES, torch.float32):
-            raise ValueError(f"{name}: `weight` must be float32, float16 or bfloat16, got {module.weight.dtype}")
+        if module.weight.is_meta or module.weight.dtype not in (*HALF_DTYPES, torch.float32):
+            found = "the meta device" if module.weight.is_meta else module.weight.dtype
+            raise ValueError(f"{name}: weights must be in float32, float16 or bfloat16, and in memory; got {found}")
         try:
             tensors[name] = quantize_module(module, module.weight, form, module.weight.dtype)
         except ValueError as error:

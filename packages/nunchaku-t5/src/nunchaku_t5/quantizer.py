@@ -1,6 +1,6 @@
 """The method `nunchaku_w4a16` of transformers: stock `from_pretrained` loads, `save_pretrained` writes.
 
-Importing `nunchaku_t5` registers it.
+Importing this module registers it; importing `nunchaku_t5` makes that happen as soon as transformers can quantise.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from nunchaku_t5._compat import (
+    BEFORE_5,
+    DISK_HOLDS_INTEGERS,
+    check_arriving,
+    narrow_dtype_plan,
+    note_dtype,
+    restore_integers,
+    tied_weights,
+)
 from nunchaku_t5.config import QUANT_METHOD, W4A16Config
 from nunchaku_t5.errors import CheckpointError, shown
 from nunchaku_t5.files import TensorFiles, TensorInfo
@@ -21,10 +31,23 @@ from nunchaku_t5.layers import EncoderLinear, Int8Embedding, places, swap_layers
 class W4A16Quantizer(HfQuantizer):
     """Swaps modules before transformers loads the tensors."""
 
+    _checks: Sequence[RemovableHandle] = ()
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Called with the devices asked for, and again where transformers chose them.
+
+        Raises:
+            NotImplementedError: parts are to stay on the disk, and this transformers would read integers as floats.
+        """
+        if isinstance(device_map, Mapping) and "disk" in device_map.values() and not DISK_HOLDS_INTEGERS:
+            raise NotImplementedError(
+                "`device_map`: quantised encoders stay on the disk with transformers 5.13 or later"
+            )
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        where = str(Path(checkpoint_files[0]).parent) if checkpoint_files else type(model).__name__
+        where = str(Path(checkpoint_files[0]).parent) if checkpoint_files else _where(model)
         layers = self.quantization_config.layers
         if not layers:
             raise CheckpointError(
@@ -39,11 +62,36 @@ class W4A16Quantizer(HfQuantizer):
             stored = TensorFiles([Path(file) for file in checkpoint_files])
             if same_names(layers, stored):
                 check_tensors(model, {name: stored.info(name) for name in stored}, where)
+        if BEFORE_5:
+            self._checks = check_arriving(model, where)
+        narrow_dtype_plan(model)
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """transformers 4 asks here before it makes up what its files lack.
+
+        Raises:
+            CheckpointError: they lack something.
+        """
+        if missing_keys:
+            raise CheckpointError(
+                f"{_where(model)} lacks the tensor {shown(missing_keys[0])}; it is not whole, get it again"
+            )
+        # Of a module with a buffer that no file has (CLIP's position ids) it makes up all before it loads it, which it
+        # cannot for integers
+        for module, homes in places(model).items():
+            if isinstance(module, Int8Embedding):
+                for home, _ in homes:
+                    home._is_hf_initialized = True  # type: ignore[assignment]
+        return missing_keys
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        marks = hasattr(model, "all_tied_weights_keys")  # transformers 5 marks what it loaded, and makes up the rest
+        for check in self._checks:
+            check.remove()
+        self._checks = ()
+        marks = not BEFORE_5  # transformers 5 marks what it loaded, and makes up what is missing
         for name in self.quantization_config.layers:
-            for key, value in model.get_submodule(name).named_parameters():
+            module = model.get_submodule(name)
+            for key, value in module.named_parameters():
                 value.requires_grad_(False)
                 if value.is_meta:  # stays on disk
                     continue
@@ -54,6 +102,7 @@ class W4A16Quantizer(HfQuantizer):
                         f"{name}: `{key}` holds NaN or infinity in {value.dtype}: the file is damaged, or needs "
                         "another dtype"
                     )
+            restore_integers(module, module.integers)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -94,10 +143,11 @@ def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo], where: str
     """
     base = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     values = model.state_dict(keep_vars=True)
-    present: set[object] = set()
-    absent: list[tuple[str, object]] = []
+    tied = tied_weights(model)
+    present: set[str] = set()
+    absent: list[tuple[str, str]] = []
     for name, value in values.items():
-        shared = _tie(model, name, value)
+        shared = tied.get(name, name)  # the same for all names of a tensor, of which files need one
         found = next((n for n in (name, name.removeprefix(base), base + name) if n in stored), None)
         if found is None:
             absent.append((name, shared))
@@ -113,10 +163,9 @@ def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo], where: str
         raise CheckpointError(f"{where} lacks the tensor {shown(missing[0])}; it is not whole, get it again")
 
 
-def _tie(model: nn.Module, name: str, value: object) -> object:
-    """The same for all names of a tensor, of which files need one: since transformers 5 a table, before the tensor."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    return id(value) if tied is None else tied.get(name, name)
+def _where(model: Any) -> str:
+    """For messages, where the files are not known: what `from_pretrained` was called with."""
+    return str(model.name_or_path or type(model).__name__)
 
 
 def same_names(layers: Iterable[str], stored: Iterable[str]) -> bool:
@@ -148,8 +197,7 @@ def mark_quantized(model: Any, config: W4A16Config) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
-    if not hasattr(model, "all_tied_weights_keys"):  # transformers 4: `dequantize` takes the entry away again
-        model.config._pre_quantization_dtype = model.dtype
+    note_dtype(model)
 
 
 def register() -> None:
@@ -157,3 +205,7 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(W4A16Config)
         register_quantizer(QUANT_METHOD)(W4A16Quantizer)
+
+
+# Here and not in the package: this module may be what imports `transformers.quantizers`, and is not yet whole then.
+register()

@@ -47,7 +47,8 @@ class EncoderSource:
         if len(prefixes) != 1:
             quantised = any(name.endswith(".qweight") for name in self._files)
             what = "is quantised already" if quantised else f"holds {len(prefixes)} T5 encoders, one is needed"
-            raise CheckpointError(f"{self.where} {what}")
+            other = "" if quantised or prefixes else "; `nunchaku_t5.quantize_encoder` quantises others, in Python"
+            raise CheckpointError(f"{self.where} {what}{other}")
         self._prefix = prefixes[0]
         self._names = {name.removeprefix(self._prefix) for name in self._files if name.startswith(self._prefix)}
         shapes = {name: self._files.info(self._prefix + name).shape for name in self._names}

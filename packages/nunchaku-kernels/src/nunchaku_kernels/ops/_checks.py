@@ -59,7 +59,7 @@ def check_tensor(
         not isinstance(tensor, torch.Tensor)
         or tensor.dtype not in dtypes
         or tensor.layout is not torch.strided
-        or not _fits(tensor.shape, shape)
+        or (tensor.shape != shape and not _fits(tensor.shape, shape))  # mostly the first says enough, at once
     ):
         if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
             raise TypeError(f"{op}: `{name}`: expected a dense tensor, got layout {tensor.layout}")

@@ -17,9 +17,11 @@ def row_blocks(rows: int, columns: int, elements: int = _BLOCK_ELEMENTS) -> Iter
 def round_within_(values: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """`values.round_().clamp_(low, high)` of fp32 or fp64, in place; NaN stays. The bounds are small.
 
-    `torch.round` shares even short vectors among threads, which on a busy machine wait for each other: 5.6 ms for
-    16,384 values with two threads, where one takes microseconds.
+    On a CPU `torch.round` shares even short vectors among threads, which on a busy machine wait for each other: 5.6 ms
+    for 16,384 values with two threads, where one takes microseconds.
     """
+    if not values.is_cpu:
+        return values.round_().clamp_(low, high)
     # So large that it leaves no room for a fraction: the sum is rounded, half to even.
     rounder = 1.5 / torch.finfo(values.dtype).eps
     return values.clamp_(low, high).add_(rounder).sub_(rounder)

@@ -26,6 +26,8 @@ _REFITS = 4
 # Each is gone over some twenty times: small enough for a core's own cache, and for torch not to share it among threads,
 # which on a busy machine wait longer for each other than they compute (70 times as long was seen).
 _BLOCK_ELEMENTS = 1 << 14
+# On a GPU launches are what a block costs: in small ones a linear of 4096 x 4096 took ten seconds on an H100.
+_GPU_BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def quantize_affine(
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(n, k // group_size, dtype=dtype or weight.dtype, device=weight.device)
     zeros = torch.empty_like(scales)
-    for rows in row_blocks(n, k, _BLOCK_ELEMENTS):
+    for rows in row_blocks(n, k, _BLOCK_ELEMENTS if weight.device.type == "cpu" else _GPU_BLOCK_ELEMENTS):
         groups = weight[rows].float().view(-1, k // group_size, group_size)
         scale, zero = _searched(groups, counts, scales.dtype) if search and bits == 4 else _range(groups, scales, bits)
         levels = _rounded(groups, scale, zero, bits)

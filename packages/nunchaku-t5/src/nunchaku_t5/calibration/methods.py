@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nunchaku_kernels.formats import W4A16Weights
 from nunchaku_kernels.quantize import (
     InputMetric,
     InputSpans,
@@ -26,6 +27,10 @@ from nunchaku_t5.layers import stored_bytes
 _READERS = ({"q", "k", "v"}, {"o"}, {"wi", "wi_0", "wi_1"}, {"wo"})
 """Linears of T5 that read the same tensor."""
 
+SENSITIVITY_BATCHES = 8
+"""Batches on which linears are compared: enough to tell which are worse by multiples, and each costs a rounding of all
+weights."""
+
 Method = Callable[[Block, Mapping[str, LayerForm], torch.dtype], FittedBlock]
 """(block, path -> form, dtype of scales) -> what becomes of it."""
 
@@ -35,15 +40,32 @@ def fitted(block: Block, forms: Mapping[str, LayerForm], dtype: torch.dtype) -> 
     result = FittedBlock()
     for group in block.groups:
         metric = InputMetric(block.now.moments(group[0], block.originals[group[0]]))
-        done = {}
-        for name in group:
-            form = forms[f"{block.path}.{name}"]
-            done[name] = fit_w4a16(
-                block.weight(name), metric, group_size=form.group_size, bits=form.bits, rank=form.rank, dtype=dtype
+        done: dict[str, W4A16Weights] = {}
+        for names in _stacks(group, {name: forms[f"{block.path}.{name}"] for name in group}):
+            form, weights = forms[f"{block.path}.{names[0]}"], [block.weight(name) for name in names]
+            fit = fit_w4a16(
+                torch.cat(weights), metric, group_size=form.group_size, bits=form.bits, rank=form.rank, dtype=dtype
             )
-            result.weights[f"{block.path}.{name}"] = done[name]
+            done |= dict(zip(names, _unstacked(fit, [len(weight) for weight in weights]), strict=True))
+        result.weights |= {f"{block.path}.{name}": weights for name, weights in done.items()}
         replace_weights(block.module, {name: weights.dequantize() for name, weights in done.items()})
     return result
+
+
+def _stacks(group: Sequence[str], forms: Mapping[str, LayerForm]) -> list[list[str]]:
+    """Linears with one input that are fitted together, which gives the same in less time: those of like form whose rows
+    are independent, as they are without a low-rank branch."""
+    stacks: dict[object, list[str]] = {}
+    for name in group:
+        stacks.setdefault(name if forms[name].rank else forms[name], []).append(name)
+    return list(stacks.values())
+
+
+def _unstacked(weights: W4A16Weights, rows: Sequence[int]) -> list[W4A16Weights]:
+    if len(rows) == 1:
+        return [weights]
+    parts = (tensor.split(list(rows)) for tensor in (weights.codes, weights.scales, weights.zeros))
+    return [W4A16Weights(codes, scales, zeros, weights.bits) for codes, scales, zeros in zip(*parts, strict=True)]
 
 
 def awq(block: Block, forms: Mapping[str, LayerForm], dtype: torch.dtype) -> FittedBlock:
@@ -134,7 +156,7 @@ def choose_eight_bits(
 
     Args:
         model: in float32 or bfloat16.
-        batches: the masked ones are used.
+        batches: of the masked ones some are used.
         forms: path -> form.
         extra: bytes that 8 bits may add, relative to those of all linears in 4 bits.
         on_batch: progress: told how many batches are begun, and of how many.
@@ -144,10 +166,11 @@ def choose_eight_bits(
     """
     names = [name for name in forms if isinstance(model.get_submodule(name), nn.Linear)]
     masked = [batch for batch in batches if batch.attention_mask is not None]
+    masked = masked[:: -(-len(masked) // SENSITIVITY_BATCHES) or 1]  # of all lengths: they are sorted by it
     wide = {name: LayerForm(8, forms[name].group_size, forms[name].rank) for name in names}
     sizes = {name: stored_bytes(model.get_submodule(name), forms[name]) for name in names}
     added = {name: stored_bytes(model.get_submodule(name), wide[name]) - sizes[name] for name in names}
-    budget = int(min(extra * sum(sizes.values()), sum(added.values())))
+    budget = int(extra * sum(sizes.values()))
     if budget < min(added.values(), default=0):
         return dict(forms)
 

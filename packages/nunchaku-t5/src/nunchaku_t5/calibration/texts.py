@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ class Batch(NamedTuple):
 
 
 def read_texts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty, at most `TEXT_LIMIT`.
+    """The lines of a text file, at most `TEXT_LIMIT`; not those that are empty or begin with #.
 
     Raises:
         CheckpointError: it cannot be read, or holds none.
@@ -51,9 +52,11 @@ def read_texts(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a mark
             lines = (line.strip() for line in file)
-            texts = [text for _, text in zip(range(TEXT_LIMIT), filter(None, lines), strict=False)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
+            texts = list(islice((line for line in lines if line and not line.startswith("#")), TEXT_LIMIT))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}") from error
     if not texts:
         raise CheckpointError(f"{path} holds no texts; one per line is needed")
     return texts
@@ -77,9 +80,11 @@ def find_tokenizer(source: str | os.PathLike[str], tokenizer: str | os.PathLike[
         index = pipeline_index(source)
         if index is not None:
             part = re.sub(r"^text_encoder", "tokenizer", encoder_part(index))
+    elif tokenizer is None:
+        raise CheckpointError(f"{source} is a single file, without a tokenizer; name one with --tokenizer")
     try:
         return AutoTokenizer.from_pretrained(os.fspath(folder), subfolder=part)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{folder} has no tokenizer that can be read; name one with --tokenizer: {error}"
         ) from error
