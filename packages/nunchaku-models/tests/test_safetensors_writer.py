@@ -152,6 +152,15 @@ def test_bad_declarations_are_refused_before_a_file_exists(tmp_path: Path) -> No
     assert not os.listdir(tmp_path)
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "x.safetensors").symlink_to("pipe")
+    for path in ("pipe", "x.safetensors"):
+        with pytest.raises(CheckpointError, match="regular file"):
+            StreamingWriter(tmp_path / path, [TensorInfo("a", torch.float32, (3,))])
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = StreamingWriter(tmp_path / "x.safetensors", [TensorInfo("a", torch.float32, (3,))])
 

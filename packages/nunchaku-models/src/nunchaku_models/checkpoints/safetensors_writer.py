@@ -27,6 +27,8 @@ def _target(path: str | os.PathLike[str]) -> Path:
     target = Path(os.path.realpath(Path(path).expanduser()))
     if target.is_dir():
         raise CheckpointError(f"{path} is a folder; give the name of the file to write")
+    if target.exists() and not target.is_file():  # renaming something over a device or a pipe removes it
+        raise CheckpointError(f"{path} is no regular file; give another name")
     if not target.parent.is_dir():
         raise CheckpointError(f"{path} cannot be written: the folder {target.parent} does not exist; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
