@@ -100,6 +100,12 @@ def fits(module: nn.Module, form: LayerForm) -> bool:
     return False
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: what takes its place would not."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def stored_tensors(module: nn.Module, form: LayerForm) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Names, shapes and dtypes (None: the model's) of the tensors that store a module (see `fits`) in a form."""
     if isinstance(module, nn.Embedding):
@@ -169,7 +175,7 @@ def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | No
             setattr(home, child, new)
     _tie_scales(model, [name for name, form in layers.items() if isinstance(modules[name], nn.Embedding)])
     for module in modules.values():
-        if type(module) is NewGELUActivation:
+        if type(module) is NewGELUActivation and not has_hooks(module):
             # T5 v1.1's, in seven passes over the widest tensor of a block; the same function in one, rounded once
             for home, child in homes[module]:
                 setattr(home, child, nn.GELU(approximate="tanh"))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from nunchaku_kernels.formats import W4A16Weights, pack_w4a16
 from nunchaku_kernels.quantize import quantize_affine
 from nunchaku_t5.config import GROUP_SIZES, LayerForm, W4A16Config
-from nunchaku_t5.layers import fits, swap_layers, tied_names
+from nunchaku_t5.layers import fits, has_hooks, swap_layers, tied_names
 from nunchaku_t5.quantizer import mark_quantized
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -144,12 +144,6 @@ def plan(
         else:
             layers[name] = form
     return layers, kept
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says: what takes its place would not."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
 
 
 def _forms(default: LayerForm) -> Iterator[LayerForm]:
