@@ -189,8 +189,8 @@ STEPS: Mapping[str, Recipe] = {
     "3-descent": lambda encoder: fitted(encoder, paired=False),
     "4-paired-inputs": lambda encoder: fitted(encoder),
     "5-rank16": lambda encoder: fitted(encoder, rank=RANK),
-    "5-8bits-10%": lambda encoder: fitted(encoder, wider=encoder.wider(0.1)),
+    "5-8bits-7%": lambda encoder: fitted(encoder, wider=encoder.wider(0.07)),
     "5-8bits-20%": lambda encoder: fitted(encoder, wider=encoder.wider(0.2)),
     "6-8bits-20%-rank16": lambda encoder: fitted(encoder, wider=encoder.wider(0.2), rank=RANK),
 }
-BEST = "5-8bits-10%"
+BEST = "5-8bits-7%"

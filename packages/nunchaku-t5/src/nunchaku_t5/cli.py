@@ -81,7 +81,7 @@ def add_commands(parser: argparse.ArgumentParser, program: str = "nunchaku-t5") 
     quantize.add_argument("--rank", type=int, help="with texts: width of a low-rank branch per linear (0)")
     quantize.add_argument(
         "--eight-bits", type=float, metavar="PERCENT",
-        help="with texts: how much the linears may grow by storing some of them in 8 bits (10)",
+        help="with texts: how much the linears may grow by storing some of them in 8 bits (7)",
     )  # fmt: skip
     quantize.add_argument("--device", help="with texts: torch device to fit on (cuda if there is one)")
     quantize.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")

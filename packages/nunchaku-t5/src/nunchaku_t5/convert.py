@@ -103,7 +103,7 @@ class EncoderQuantization:
         *,
         method: str = "fitted",
         rank: int = 0,
-        eight_bits: float = 0.1,
+        eight_bits: float = 0.07,
         device: torch.device | str = "cpu",
         on_batch: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
@@ -117,6 +117,7 @@ class EncoderQuantization:
             method: "fitted" (GPTQ and what goes with it) or "awq" (as the published file was made).
             rank: of a 16-bit low-rank branch beside each linear; 0 for none; "fitted" only.
             eight_bits: bytes that linears in 8 bits may add, relative to those of all linears in 4 bits; "fitted" only.
+                By default an XXL stays below 2.9 GB.
             device: where it is done; what is made is on the CPU again.
             on_batch: progress of the search for what deserves 8 bits: batches begun, and of how many.
 
