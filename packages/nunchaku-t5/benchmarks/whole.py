@@ -62,11 +62,11 @@ def make_texts(file: Path, count: int) -> None:
 
 @torch.no_grad()
 def encode(folder: Path, device: str, tokens: list[int]) -> dict[str, float]:
-    """Load and encode: seconds to load, milliseconds per length, peak bytes."""
+    """Load and encode: seconds to load; for each length milliseconds, and the peak so far in GB."""
     start = time.perf_counter()
     model = T5EncoderModel.from_pretrained(folder, device_map=device).eval()
     found = {"load": time.perf_counter() - start}
-    for length in tokens:
+    for length in sorted(tokens):
         ids = torch.randint(2, VOCABULARY, (1, length), device=device)
         taken = []
         for _ in range(1 + REPEATS):
@@ -74,8 +74,9 @@ def encode(folder: Path, device: str, tokens: list[int]) -> dict[str, float]:
             model(ids).last_hidden_state.float().sum().item()
             taken.append(time.perf_counter() - start)
         found[f"m{length}"] = sorted(taken[1:])[REPEATS // 2] * 1e3
-    on_gpu = torch.device(device).type == "cuda"
-    return found | {"peak": (torch.cuda.max_memory_allocated() if on_gpu else peak_resident()) / 1e9}
+        on_gpu = torch.device(device).type == "cuda"
+        found[f"peak/m{length}"] = (torch.cuda.max_memory_allocated() if on_gpu else peak_resident()) / 1e9
+    return found
 
 
 def peak_resident() -> int:
@@ -114,11 +115,11 @@ def measure(folder: Path, device: str, tokens: list[int], texts: int) -> list[Ro
         lengths = [str(length) for length in tokens]
         found[name] = json.loads(run(__file__, place, "--encode", "--device", device, "--tokens", *lengths)[1])
         steps.update()
-    units = {"load": "s", "peak": "GB"}
+    units = {"load": "s", "peak": "GB"}  # of what begins so
     for what, value in found["w4a16"].items():
-        base = found[BASELINE][what]
-        rows.append(Row(f"t5/{BASELINE}/xxl/{what}", base, units.get(what, "ms")))
-        rows.append(Row(f"t5/w4a16/xxl/{what}", value, units.get(what, "ms"), BASELINE, base / value))
+        base, unit = found[BASELINE][what], units.get(what.partition("/")[0], "ms")
+        rows.append(Row(f"t5/{BASELINE}/xxl/{what}", base, unit))
+        rows.append(Row(f"t5/w4a16/xxl/{what}", value, unit, BASELINE, base / value))
     return rows
 
 

@@ -142,22 +142,21 @@ def descend(target: torch.Tensor, start: Codes, hessian: torch.Tensor) -> Codes:
     # slope[k] = half the derivative of the error by column k, negated; [K, N]
     slope = hessian @ start.subtracted_from(target).t()
     for group, first in enumerate(range(0, levels.shape[0], size)):
-        rows = slice(first, first + size)
-        block, inner = hessian[:, rows], hessian[rows, rows]
+        rows, later = slice(first, first + size), slice(first + size, None)
+        inner, local = hessian[rows, rows], slope[rows]  # this group's slopes are not needed again
+        change = torch.zeros_like(local)
         if scales is not None:
             values = levels[rows]
             if zeros is None:
-                scales[group] = _best_scale(values, slope[rows], inner, scales[group])
+                scales[group] = _best_scale(values, local, inner, scales[group])
                 change = (scales[group].float() - steps[group]) * values
             else:
                 old = zeros[group].float()
-                scales[group], zeros[group] = _best_scale_and_zero(
-                    values, slope[rows], inner, scales[group], zeros[group]
-                )
+                scales[group], zeros[group] = _best_scale_and_zero(values, local, inner, scales[group], zeros[group])
                 change = (scales[group].float() - steps[group]) * values + (zeros[group].float() - old)
-            slope.addmm_(block, change, alpha=-1)
+            local.addmm_(inner, change, alpha=-1)
             steps[group] = scales[group].float()
-        step, local, before = steps[group], slope[rows].clone(), levels[rows].clone()
+        step, before = steps[group], levels[rows].clone()
         divisors = inner.diagonal()[:, None] * torch.where(step == 0, torch.inf, step)
         moved = torch.zeros_like(local)
         curvatures = inner.diagonal().tolist()
@@ -171,7 +170,7 @@ def descend(target: torch.Tensor, start: Codes, hessian: torch.Tensor) -> Codes:
                 torch.sub(level, before[k], out=moved[k]).mul_(step)
                 local[k + 1 : end].addr_(inner[k, k + 1 : end], moved[k], alpha=-1)
             local[end:].addmm_(inner[begin:end, end:].t(), moved[begin:end], alpha=-1)
-        slope.addmm_(block, moved, alpha=-1)
+        slope[later].addmm_(hessian[later, rows], change.add_(moved), alpha=-1)
     result = start.with_levels(levels.t())
     moved_scales = {"scales": scales, "zeros": zeros}
     stored = {name: value.t().contiguous() for name, value in moved_scales.items() if value is not None}
