@@ -11,13 +11,15 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from nunchaku_kernels._checks import require_tensor
+from nunchaku_kernels.quantize._replay import Replayed
 from nunchaku_kernels.quantize.affine import AffineCodes
 from nunchaku_kernels.quantize.residual import GroupedCodes, QuantizedResidual
 
 Codes = TypeVar("Codes", bound=GroupedCodes)
 
 _BLOCK = 128
-# Columns that are corrected one by one: a product of two vectors costs as much memory traffic as one of matrices.
+# Columns that are corrected one by one: a product of two vectors costs as much memory traffic as one of matrices. On a
+# GPU the launches are what a column costs, and a whole block of them is recorded.
 _INNER = 16
 # A matrix of fp32 moments can lack a Cholesky factor by its rounding alone; the published quantiser retries too.
 _RETRIES = 8
@@ -104,22 +106,34 @@ def gptq(
     # Transposed, so that a column is contiguous.
     work, steps = target.t()[order].contiguous(), start.steps().t().contiguous()
     divisors = torch.where(steps == 0, torch.inf, steps)
-    groups, pivots = (order // start.group_size).tolist(), upper.diagonal().tolist()
+    groups, pivots = order // start.group_size, upper.diagonal()
     levels, errors = torch.empty_like(work), torch.empty_like(work[:_BLOCK])
-    # On a GPU the launches are what a column costs: results go where they are needed, without copies.
+
+    def round_block(
+        values: torch.Tensor, level: torch.Tensor, error: torch.Tensor, divisor: torch.Tensor, step: torch.Tensor,
+        upper: torch.Tensor, pivot: torch.Tensor,
+    ) -> None:  # fmt: skip
+        size = values.shape[0]
+        inner = _INNER if values.is_cpu else size
+        for begin in range(0, size, inner):
+            end = min(begin + inner, size)
+            for k in range(begin, end):
+                torch.div(values[k], divisor[k], out=level[k])
+                start.nearest(level[k], lowest, out=level[k])
+                torch.addcmul(values[k], level[k], step[k], value=-1, out=error[k]).div_(pivot[k])
+                values[k + 1 : end].addr_(upper[k, k + 1 : end], error[k], alpha=-1)
+            if end < size:
+                values[end:].addmm_(upper[begin:end, end:].t(), error[begin:end], alpha=-1)
+
+    rounded = Replayed(round_block, changed=3)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
-        for start_inner in range(first, last, _INNER):
-            stop = min(start_inner + _INNER, last)
-            for k in range(start_inner, stop):
-                value, level, error = work[k], levels[k], errors[k - first]
-                torch.div(value, divisors[groups[k]], out=level)
-                start.nearest(level, lowest, out=level)
-                torch.addcmul(value, level, steps[groups[k]], value=-1, out=error).div_(pivots[k])
-                work[k + 1 : stop].addr_(upper[k, k + 1 : stop], error, alpha=-1)
-            made = errors[start_inner - first : stop - first]
-            work[stop:last].addmm_(upper[start_inner:stop, stop:last].t(), made, alpha=-1)
-        work[last:].addmm_(upper[first:last, last:].t(), errors[: last - first], alpha=-1)
+        group, made = groups[first:last], errors[: last - first]
+        rounded(
+            work[first:last], levels[first:last], made, divisors[group], steps[group], upper[first:last, first:last],
+            pivots[first:last],
+        )  # fmt: skip
+        work[last:].addmm_(upper[first:last, last:].t(), made, alpha=-1)
     natural = torch.empty_like(levels)
     natural[order] = levels
     return start.with_levels(natural.t())
@@ -141,6 +155,23 @@ def descend(target: torch.Tensor, start: Codes, hessian: torch.Tensor) -> Codes:
     scales, zeros = _movable(start)
     # slope[k] = half the derivative of the error by column k, negated; [K, N]
     slope = hessian @ start.subtracted_from(target).t()
+
+    def move_codes(
+        level: torch.Tensor, local: torch.Tensor, moved: torch.Tensor, divisor: torch.Tensor, step: torch.Tensor,
+        inner: torch.Tensor,
+    ) -> None:  # fmt: skip
+        moved.copy_(level)
+        columns = _INNER if level.is_cpu else size
+        for begin in range(0, size, columns):
+            end = min(begin + columns, size)
+            for k in range(begin, end):
+                start.nearest(torch.addcdiv(level[k], local[k], divisor[k], out=level[k]), out=level[k])
+                torch.sub(level[k], moved[k], out=moved[k]).mul_(step)
+                local[k + 1 : end].addr_(inner[k, k + 1 : end], moved[k], alpha=-1)
+            if end < size:
+                local[end:].addmm_(inner[begin:end, end:].t(), moved[begin:end], alpha=-1)
+
+    descended = Replayed(move_codes, changed=3)
     for group, first in enumerate(range(0, levels.shape[0], size)):
         rows, later = slice(first, first + size), slice(first + size, None)
         inner, local = hessian[rows, rows], slope[rows]  # this group's slopes are not needed again
@@ -156,20 +187,13 @@ def descend(target: torch.Tensor, start: Codes, hessian: torch.Tensor) -> Codes:
                 change = (scales[group].float() - steps[group]) * values + (zeros[group].float() - old)
             local.addmm_(inner, change, alpha=-1)
             steps[group] = scales[group].float()
-        step, before = steps[group], levels[rows].clone()
-        divisors = inner.diagonal()[:, None] * torch.where(step == 0, torch.inf, step)
-        moved = torch.zeros_like(local)
-        curvatures = inner.diagonal().tolist()
-        for begin in range(0, size, _INNER):
-            end = min(begin + _INNER, size)
-            for k in range(begin, end):
-                if curvatures[k] <= 0:
-                    continue
-                level = levels[first + k]
-                start.nearest(torch.addcdiv(level, local[k], divisors[k], out=level), out=level)
-                torch.sub(level, before[k], out=moved[k]).mul_(step)
-                local[k + 1 : end].addr_(inner[k, k + 1 : end], moved[k], alpha=-1)
-            local[end:].addmm_(inner[begin:end, end:].t(), moved[begin:end], alpha=-1)
+        # A channel that is always zero stays as it is.
+        curvature = inner.diagonal()[:, None]
+        divisors = torch.where(
+            curvature > 0, curvature * torch.where(steps[group] == 0, torch.inf, steps[group]), torch.inf
+        )
+        moved = torch.empty_like(local)
+        descended(levels[rows], local, moved, divisors, steps[group], inner)
         slope[later].addmm_(hessian[later, rows], change.add_(moved), alpha=-1)
     result = start.with_levels(levels.t())
     moved_scales = {"scales": scales, "zeros": zeros}
