@@ -11,9 +11,7 @@ from nunchaku_t5.files import CONFIG_NAME, TensorFiles, TensorInfo, read_json
 from nunchaku_t5.layers import swap_layers
 from nunchaku_t5.published import original_shapes, read_config, state_dict
 from nunchaku_t5.quantizer import check_tensors
-from nunchaku_t5.sources import encoder_part, pipeline_index
-
-SUFFIXES = (".safetensors", ".sft")
+from nunchaku_t5.sources import SUFFIXES, encoder_part, pipeline_index, repository
 
 
 class NunchakuT5EncoderModel:
@@ -90,13 +88,14 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> Any:
 
 def _downloaded(path: str, kwargs: dict[str, Any]) -> Path:
     """A file or the needed part of a repository on the hub, on this disk."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
 
     parts = path.split("/")
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
     if len(parts) > 2 and path.endswith(SUFFIXES):
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), **hub))
-    if len(parts) != 2 or path.startswith(("/", ".", "~")) or path.endswith(SUFFIXES):
-        raise FileNotFoundError(f"{path} is neither a file, a folder nor a hub id such as 'org/repo'")
-    prefix = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
-    return Path(snapshot_download(path, allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"], **hub))
+    if not kwargs.get("subfolder"):
+        index = pipeline_index(path, **hub)
+        if index is not None:
+            kwargs["subfolder"] = encoder_part(index)
+    return repository(path, kwargs.get("subfolder"), **hub)

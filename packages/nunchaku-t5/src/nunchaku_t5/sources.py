@@ -13,6 +13,7 @@ from nunchaku_t5.errors import CheckpointError, shown
 from nunchaku_t5.files import CONFIG_NAME, TensorFiles, read_json
 
 PIPELINE_INDEX = "model_index.json"
+SUFFIXES = (".safetensors", ".sft")
 PROBE = "encoder.block.0.layer.0.SelfAttention.q.weight"
 """In every such encoder; what stands before it in a file is a prefix of all its tensors."""
 
@@ -119,29 +120,45 @@ def find(path: str | os.PathLike[str], *, subfolder: str | None = None) -> Path:
     if subfolder is None:
         index = pipeline_index(path)
         subfolder = None if index is None else encoder_part(index)
-    patterns = [f"{subfolder}/{pattern}" for pattern in _ALLOWED] if subfolder else _ALLOWED
-    root = _download(path, patterns)
+    root = repository(path, subfolder)
     return root / subfolder if subfolder else root
 
 
-def pipeline_index(path: str | os.PathLike[str]) -> Path | None:
+def repository(path: str | os.PathLike[str], subfolder: str | None, **hub: Any) -> Path:
+    """A local copy of what a hub id has beside an encoder's config, in a subfolder or at its root; not what is in other
+    folders: those of a pipeline are large.
+
+    Args:
+        path: "org/repo".
+        subfolder: where the encoder is; None for the root.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        FileNotFoundError: that is no hub id, or there is no such repository.
+    """
+    if subfolder:
+        return _download(path, [f"{subfolder}/{pattern}" for pattern in _ALLOWED], **hub)
+    return _download(path, _ALLOWED, ignore_patterns=["*/*"], **hub)
+
+
+def pipeline_index(path: str | os.PathLike[str], **hub: Any) -> Path | None:
     """The index of a pipeline's folder or hub id; None for what is no pipeline.
 
     Raises:
         FileNotFoundError: there is neither such a folder nor such a repository.
     """
     local = Path(path).expanduser()
-    index = (local if local.exists() else _download(path, [PIPELINE_INDEX])) / PIPELINE_INDEX
+    index = (local if local.exists() else _download(path, [PIPELINE_INDEX], **hub)) / PIPELINE_INDEX
     return index if index.is_file() else None
 
 
-def _download(path: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
+def _download(path: str | os.PathLike[str], patterns: Sequence[str], **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     text = os.fspath(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) is None or text.endswith(".safetensors"):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is None or text.endswith(SUFFIXES):
         raise FileNotFoundError(f"{path} is neither a file, a folder nor a hub id such as 'org/repo'")
-    return Path(snapshot_download(text, allow_patterns=list(patterns)))
+    return Path(snapshot_download(text, allow_patterns=list(patterns), **options))
 
 
 def encoder_folder(folder: Path) -> Path:
