@@ -3,12 +3,12 @@
 `handle = apply(pipe, FirstBlockCache(threshold=0.12))`; see the README.
 """
 
-import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nunchaku_cache.policy import DoubleFirstBlockCache, FirstBlockCache, ScheduledCache, TeaCache
 from nunchaku_cache.schedule import Schedule, Trace, find_schedule
+from nunchaku_kernels.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from nunchaku_cache.families import BlockList, Family, families, register
@@ -54,13 +54,5 @@ __all__ = [
     "tea_cache",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # torch takes seconds to import; the policies need none
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+# torch takes seconds to import; the policies need none
+__getattr__, __dir__ = _lazy_names(__name__, _LAZY)

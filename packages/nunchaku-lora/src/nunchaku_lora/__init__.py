@@ -3,9 +3,10 @@
 Call `enable()` once; see the README.
 """
 
-import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nunchaku_kernels.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from nunchaku_lora.adapters import keep_joined, reset, set_strength
@@ -39,13 +40,5 @@ __all__ = [
     "set_strength",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # diffusers and peft take seconds to import; `nunchaku --help` should not wait for them
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+# diffusers and peft take seconds to import; `nunchaku --help` should not wait for them
+__getattr__, __dir__ = _lazy_names(__name__, _LAZY)

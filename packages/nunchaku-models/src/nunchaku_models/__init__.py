@@ -4,10 +4,10 @@ Importing this package registers the quantisation method `svdquant` with diffuse
 loads quantised folders. The model classes below are drop-ins for their diffusers counterparts.
 """
 
-import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nunchaku_kernels.lazy import lazy_names as _lazy_names
 from nunchaku_models._registration import register_with_diffusers as _register_with_diffusers
 
 if TYPE_CHECKING:
@@ -36,16 +36,7 @@ __all__ = [
     "set_arithmetic",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # diffusers takes seconds to import; `nunchaku inspect` and `--help` should not wait for it
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
-
+# diffusers takes seconds to import; `nunchaku inspect` and `--help` should not wait for it
+__getattr__, __dir__ = _lazy_names(__name__, _LAZY)
 
 _register_with_diffusers()

@@ -6,9 +6,10 @@ quantised folders, pipelines of diffusers with such a text encoder included.
 
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nunchaku_kernels.after_import import after_import as _after_import
+from nunchaku_kernels.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from nunchaku_t5.config import LayerForm, W4A16Config
@@ -47,16 +48,8 @@ __all__ = [
     "register",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import; `nunchaku --help` should not wait for it
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+# transformers takes seconds to import; `nunchaku --help` should not wait for it
+__getattr__, __dir__ = _lazy_names(__name__, _LAZY)
 
 
 def _register() -> None:
