@@ -91,7 +91,18 @@ def test_an_encoder_alone(hub: SimpleNamespace, tiny: SimpleNamespace, tmp_path:
     assert code == 0, err
 
 
-@pytest.mark.parametrize("wrong", ["org", "org/repo/folder", "./org/repo", "org/repo.safetensors", "/org/repo"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "org",
+        "org/repo/folder",
+        "./org/repo",
+        "org/repo.safetensors",
+        "/org/repo",
+        "/org/repo/x.safetensors",
+        "./a/b.sft",
+    ],
+)
 def test_what_is_no_id(wrong: str, hub: SimpleNamespace) -> None:
     with pytest.raises(FileNotFoundError, match="hub id"):
         NunchakuT5EncoderModel.from_pretrained(wrong)

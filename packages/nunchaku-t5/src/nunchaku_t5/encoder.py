@@ -11,7 +11,7 @@ from nunchaku_t5.files import CONFIG_NAME, TensorFiles, TensorInfo, read_json
 from nunchaku_t5.layers import swap_layers
 from nunchaku_t5.published import original_shapes, read_config, state_dict
 from nunchaku_t5.quantizer import check_tensors
-from nunchaku_t5.sources import SUFFIXES, encoder_part, pipeline_index, repository
+from nunchaku_t5.sources import HUB_ID, SUFFIXES, encoder_part, pipeline_index, repository
 
 
 class NunchakuT5EncoderModel:
@@ -39,12 +39,14 @@ class NunchakuT5EncoderModel:
         if kwargs.get("device") is not None:
             kwargs["device_map"] = kwargs.pop("device")
         kwargs.pop("device", None)
-        source = Path(path).expanduser()
-        if not source.exists():
-            source = _downloaded(os.fspath(path), kwargs)
-        index = pipeline_index(source) if source.is_dir() and not kwargs.get("subfolder") else None
-        if index is not None:
-            kwargs["subfolder"] = encoder_part(index)
+        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+        source = _local(path, **hub)
+        if not kwargs.get("subfolder"):
+            index = pipeline_index(source or path, **hub)
+            if index is not None:
+                kwargs["subfolder"] = encoder_part(index)
+        if source is None:
+            source = repository(path, kwargs.get("subfolder"), **hub)
         folder = source / kwargs.get("subfolder", "") if source.is_dir() else None
         if folder is None or not (folder / CONFIG_NAME).is_file():
             kwargs.pop("subfolder", None)
@@ -86,16 +88,14 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> Any:
     return type(expected).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
 
 
-def _downloaded(path: str, kwargs: dict[str, Any]) -> Path:
-    """A file or the needed part of a repository on the hub, on this disk."""
-    from huggingface_hub import hf_hub_download
+def _local(path: str | os.PathLike[str], **hub: Any) -> Path | None:
+    """A file or folder of this disk, or a file of the hub, downloaded; None for what can only be a repository."""
+    local, parts = Path(path).expanduser(), os.fspath(path).split("/")
+    if local.exists():
+        return local
+    repo, file = "/".join(parts[:2]), "/".join(parts[2:])
+    if HUB_ID.fullmatch(repo) and file.endswith(SUFFIXES):
+        from huggingface_hub import hf_hub_download
 
-    parts = path.split("/")
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
-    if len(parts) > 2 and path.endswith(SUFFIXES):
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), **hub))
-    if not kwargs.get("subfolder"):
-        index = pipeline_index(path, **hub)
-        if index is not None:
-            kwargs["subfolder"] = encoder_part(index)
-    return repository(path, kwargs.get("subfolder"), **hub)
+        return Path(hf_hub_download(repo, file, **hub))
+    return None

@@ -14,6 +14,7 @@ from nunchaku_t5.files import CONFIG_NAME, TensorFiles, read_json
 
 PIPELINE_INDEX = "model_index.json"
 SUFFIXES = (".safetensors", ".sft")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 PROBE = "encoder.block.0.layer.0.SelfAttention.q.weight"
 """In every such encoder; what stands before it in a file is a prefix of all its tensors."""
 
@@ -156,7 +157,7 @@ def _download(path: str | os.PathLike[str], patterns: Sequence[str], **options: 
     from huggingface_hub import snapshot_download
 
     text = os.fspath(path)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is None or text.endswith(SUFFIXES):
+    if HUB_ID.fullmatch(text) is None or text.endswith(SUFFIXES):
         raise FileNotFoundError(f"{path} is neither a file, a folder nor a hub id such as 'org/repo'")
     return Path(snapshot_download(text, allow_patterns=list(patterns), **options))
 
