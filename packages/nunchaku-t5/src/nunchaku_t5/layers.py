@@ -133,13 +133,12 @@ def stored_bytes(module: nn.Module, form: LayerForm) -> int:
     return sum(torch.Size(shape).numel() * (dtype or torch.bfloat16).itemsize for shape, dtype in shapes)
 
 
-def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | None = "meta") -> None:
-    """Put modules for quantised tensors in the places of the original ones, uninitialised; and one pass for GELU.
+def swap_layers(model: Any, layers: Mapping[str, LayerForm]) -> None:
+    """Put modules for quantised tensors, on the meta device, in the places of the original ones; and one pass for GELU.
 
     Args:
         model: a model of transformers.
         layers: module path -> form.
-        device: where the new modules are made.
 
     Raises:
         ValueError: the model has no such module, or it cannot be stored in that form.
@@ -156,7 +155,7 @@ def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | No
         parent = name.rpartition(".")[0]
         if isinstance(original, nn.Embedding):
             rows, width = original.num_embeddings, original.embedding_dim
-            new: nn.Module = Int8Embedding(rows, width, dtype=original.weight.dtype, device=device)
+            new: nn.Module = Int8Embedding(rows, width, dtype=original.weight.dtype, device="meta")
         else:
             new = EncoderLinear(
                 original.in_features,
@@ -166,7 +165,7 @@ def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | No
                 bits=form.bits,
                 rank=form.rank,
                 dtype=original.weight.dtype,
-                device=device,
+                device="meta",
                 name=name,
                 wide=parent in wide,
             )
@@ -176,7 +175,7 @@ def swap_layers(model: Any, layers: Mapping[str, LayerForm], *, device: str | No
     _tie_scales(model, [name for name, form in layers.items() if isinstance(modules[name], nn.Embedding)])
     for module in modules.values():
         if type(module) is NewGELUActivation and not has_hooks(module):
-            # T5 v1.1's, in seven passes over the widest tensor of a block; the same function in one, rounded once
+            # T5 v1.1's, in eight passes over the widest tensor of a block; the same function in one, rounded once
             for home, child in homes[module]:
                 setattr(home, child, nn.GELU(approximate="tanh"))
 
